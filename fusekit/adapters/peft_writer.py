@@ -1,0 +1,284 @@
+"""Writing PEFT LoRA adapters that `peft` loads without warnings, one module at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule
+from fusekit.adapters.peft_format import (
+    CONFIG_NAME,
+    KEY_PREFIX,
+    WEIGHTS_NAME,
+    is_dotted_suffix,
+)
+from fusekit.checkpoint.dtypes import dtype_of
+from fusekit.errors import CheckpointError, FusekitError
+
+
+class AdapterWriter:
+    """Writes a PEFT adapter folder module by module; the folder appears only when it is complete.
+
+    >>> with AdapterWriter("merged", {"task_type": "CAUSAL_LM"}) as writer:  # doctest: +SKIP
+    ...     for module in modules:
+    ...         writer.add(module)
+
+    Args:
+        folder: the folder to create. It must not exist, or be empty.
+        config: fields carried over into adapter_config.json: `base_model_name_or_path`,
+            `revision`, `task_type`, and `modules_to_save` and `bias` as hints for replacements.
+        provenance: extra string metadata for the weights file's header.
+
+    Raises:
+        CheckpointError: the folder exists, or (on closing) the modules cannot be described by one
+            adapter_config.json.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        config: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise CheckpointError(f"{folder}: already exists; adapters are written to new folders")
+        self._config = dict(config or {})
+        self._metadata = {"format": "pt", **(provenance or {})}
+        self._work = self.folder.with_name(self.folder.name + ".partial")
+        shutil.rmtree(self._work, ignore_errors=True)
+        self._work.mkdir(parents=True)
+        self._data = (self._work / "data").open("wb")
+        self._header: dict[str, dict[str, Any]] = {}
+        self._modules: dict[str, _Written] = {}
+        self._replaced: list[str] = []
+
+    def __enter__(self) -> AdapterWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+        finally:
+            self._data.close()
+            shutil.rmtree(self._work, ignore_errors=True)
+
+    def add(self, module: LoraModule) -> None:
+        """Append one module's tensors."""
+        path = _module_path(module)
+        if module.kind == "embedding":
+            self._put(f"{path}.lora_embedding_A", module.A)
+            self._put(f"{path}.lora_embedding_B", module.B)
+        elif module.kind == "conv":
+            rank = module.A.shape[0]
+            ones = (1,) * (len(module.kernel) - 1)
+            self._put(f"{path}.lora_A.weight", module.A.reshape(rank, *module.kernel))
+            self._put(f"{path}.lora_B.weight", module.B.reshape(-1, rank, *ones))
+        else:
+            self._put(f"{path}.lora_A.weight", module.A)
+            self._put(f"{path}.lora_B.weight", module.B)
+        if module.magnitude is not None:
+            ones = (1,) * (len(module.kernel) - 1)
+            shape = (1, -1, *ones) if module.kind == "conv" else (-1,)
+            self._put(f"{path}.lora_magnitude_vector", module.magnitude.reshape(shape))
+        if module.bias is not None:
+            self._put(f"{path}.lora_B.bias", module.bias)
+        self._modules[path] = _Written(
+            module.rank,
+            module.alpha,
+            module.scaling,
+            module.rslora,
+            module.kind,
+            module.transposed,
+            module.name,
+            module.magnitude is not None,
+            module.bias is not None,
+            module.B.dtype,
+            module.B.shape[0],
+        )
+
+    def replace(self, name: str, tensor: Array) -> None:
+        """Append a full tensor that takes the place of base tensor `name`. After all modules."""
+        path, _, leaf = name.rpartition(".")
+        adapted = path in self._modules and self._modules[path].kind != "parameter"
+        self._put(f"{path}.base_layer.{leaf}" if adapted else name, tensor)
+        self._replaced.append(name)
+
+    def _put(self, name: str, tensor: Array) -> None:
+        start = self._data.tell()
+        np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).tofile(self._data)
+        self._header[KEY_PREFIX + name] = {
+            "dtype": dtype_of(tensor.dtype).name,
+            "shape": list(tensor.shape),
+            "data_offsets": [start, self._data.tell()],
+        }
+
+    def _finish(self) -> None:
+        config = self._peft_config()
+        self._data.close()
+        header = json.dumps({"__metadata__": self._metadata, **self._header}).encode()
+        header += b" " * (-len(header) % 8)
+        with (
+            (self._work / WEIGHTS_NAME).open("wb") as out,
+            (self._work / "data").open("rb") as data,
+        ):
+            out.write(len(header).to_bytes(8, "little") + header)
+            shutil.copyfileobj(data, out, 1 << 22)
+        (self._work / "data").unlink()
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (self._work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        if self.folder.exists():
+            self.folder.rmdir()
+        self._work.rename(self.folder)
+
+    def _peft_config(self) -> dict[str, Any]:
+        if not self._modules:
+            raise CheckpointError(
+                f"{self.folder}: no module has an update of rank 1 or more, so there is no adapter"
+            )
+        written = self._modules
+        rslora = all(module.rslora for module in written.values())
+        alphas = {
+            path: module.alpha if module.rslora == rslora else module.scaling * module.rank
+            for path, module in written.items()
+        }
+        rank = max(module.rank for module in written.values())
+        alpha = next(alphas[path] for path, module in written.items() if module.rank == rank)
+        dora = self._agree("DoRA magnitudes", lambda module: module.dora)
+        self._pad_biases()
+        parameters = [m.name for m in written.values() if m.kind == "parameter"]
+        targets = [path for path, m in written.items() if m.kind != "parameter"]
+        return {
+            "peft_type": "LORA",
+            "task_type": self._config.get("task_type"),
+            "base_model_name_or_path": self._config.get("base_model_name_or_path"),
+            "revision": self._config.get("revision"),
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": _plain_number(alpha),
+            "rank_pattern": {
+                _pattern_of(path, m): m.rank for path, m in written.items() if m.rank != rank
+            },
+            "alpha_pattern": {
+                _pattern_of(path, m): _plain_number(alphas[path])
+                for path, m in written.items()
+                if alphas[path] != alpha
+            },
+            "target_modules": targets,
+            "target_parameters": parameters or None,
+            "modules_to_save": self._modules_to_save() or None,
+            "bias": self._config.get("bias", "none"),
+            "lora_bias": any(module.bias for module in written.values()),
+            "use_rslora": rslora,
+            "use_dora": dora,
+            "fan_in_fan_out": any(m.transposed and m.kind == "linear" for m in written.values()),
+            "lora_dropout": 0.0,
+            "init_lora_weights": True,
+        }
+
+    def _agree(self, what: str, has: Callable[[_Written], bool]) -> bool:
+        held = {has(module) for module in self._modules.values()}
+        if len(held) > 1:
+            path = next(path for path, module in self._modules.items() if not has(module))
+            raise CheckpointError(
+                f"{self.folder}: module {path!r} has no {what} while others have: "
+                "a PEFT adapter has them everywhere or nowhere"
+            )
+        return held.pop()
+
+    def _pad_biases(self) -> None:
+        """PEFT's `lora_bias` is one flag: every linear and conv module has a bias or none has."""
+        if not any(module.bias for module in self._modules.values()):
+            return
+        for path, module in self._modules.items():
+            if not module.bias and module.kind in {"linear", "conv"}:
+                self._put(f"{path}.lora_B.bias", np.zeros(module.out, module.dtype))
+
+    def _modules_to_save(self) -> list[str]:
+        bias = self._config.get("bias", "none") != "none"
+        hints = list(self._config.get("modules_to_save") or ())
+        needed: dict[str, None] = {}
+        for name in self._replaced:
+            path, _, leaf = name.rpartition(".")
+            hint = next((h for h in hints if _covers(h, path)), None)
+            if hint is not None:
+                needed[hint] = None
+            elif path not in self._modules and not (bias and leaf == "bias"):
+                if not path:
+                    raise CheckpointError(
+                        f"{self.folder}: tensor {name!r} is in no module, so modules_to_save "
+                        "cannot hold it"
+                    )
+                needed[path] = None
+        return list(needed)
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What adapter_config.json must say of a module that was written."""
+
+    rank: int
+    alpha: float
+    scaling: float
+    rslora: bool
+    kind: Kind
+    transposed: bool
+    name: str
+    dora: bool
+    bias: bool
+    dtype: np.dtype[Any]
+    out: int
+
+
+def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
+    """Write an adapter as a PEFT folder; tensors and scalings survive bit for bit.
+
+    Modules of rank 0 are left out. Raises as `AdapterWriter`.
+    """
+    with AdapterWriter(folder, adapter.config) as writer:
+        for module in adapter.modules.values():
+            if module.rank > 0:
+                writer.add(module)
+        for name, tensor in adapter.replacements.items():
+            writer.replace(name, tensor)
+    return Path(folder)
+
+
+def _covers(hint: str, path: str) -> bool:
+    """Whether PEFT's `modules_to_save` entry names this module or one that holds it."""
+    parts = path.split(".")
+    heads = (".".join(parts[: i + 1]) for i in range(len(parts)))
+    return any(is_dotted_suffix(hint, head) for head in heads)
+
+
+def _module_path(module: LoraModule) -> str:
+    path, _, leaf = module.name.rpartition(".")
+    if not path or (leaf != "weight" and module.kind != "parameter"):
+        raise FusekitError(
+            f"adapter module {module.name!r}: expected a name like '<module>.weight'"
+        )
+    return path
+
+
+def _pattern_of(path: str, module: _Written) -> str:
+    """A rank/alpha pattern that matches this module and no other."""
+    return "^" + re.escape(module.name if module.kind == "parameter" else path)
+
+
+def _plain_number(value: float) -> float | int:
+    return int(value) if math.isfinite(value) and value == int(value) else float(value)
