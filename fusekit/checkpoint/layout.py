@@ -1,0 +1,116 @@
+"""Where every byte of an output checkpoint goes, decided before anything is read or written."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from fusekit.checkpoint.source import TensorInfo
+from fusekit.errors import FusekitError
+
+DEFAULT_SHARD_BYTES = 5_000_000_000
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, its header's bytes and the place of each tensor in the file."""
+
+    file_name: str
+    header: bytes
+    offsets: Mapping[str, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All shards of an output, and which one holds which tensor."""
+
+    shards: tuple[Shard, ...]
+
+    @cached_property
+    def shard_of(self) -> dict[str, Shard]:
+        return {name: shard for shard in self.shards for name in shard.offsets}
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all files together."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def index_json(self) -> str | None:
+        """The index of a sharded output, or None for a single file."""
+        if len(self.shards) == 1:
+            return None
+        data = sum(shard.nbytes - len(shard.header) for shard in self.shards)
+        weight_map = {name: shard.file_name for name, shard in sorted(self.shard_of.items())}
+        return json.dumps({"metadata": {"total_size": data}, "weight_map": weight_map}, indent=2)
+
+
+def lay_out(tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
+    """Fill shards greedily in the given order; a new one starts where a tensor would not fit.
+
+    A tensor larger than `shard_bytes` gets a shard of its own. Within a shard wider element types
+    come first, so that every tensor is aligned to its type.
+    """
+    shards: list[list[TensorInfo]] = [[]]
+    filled = 0
+    for info in tensors:
+        if shards[-1] and filled + info.nbytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(info)
+        filled += info.nbytes
+    count = len(shards)
+    return Layout(
+        tuple(
+            _shard(
+                "model.safetensors"
+                if count == 1
+                else f"model-{number:05d}-of-{count:05d}.safetensors",
+                members,
+            )
+            for number, members in enumerate(shards, start=1)
+        )
+    )
+
+
+def _shard(file_name: str, members: list[TensorInfo]) -> Shard:
+    ordered = sorted(members, key=lambda info: -info.dtype.itemsize)
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    for info in ordered:
+        entries[info.name] = {
+            "dtype": info.dtype.name,
+            "shape": list(info.shape),
+            "data_offsets": [position, position + info.nbytes],
+        }
+        position += info.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets, place = {}, len(header)
+    for info in ordered:
+        offsets[info.name] = place
+        place += info.nbytes
+    return Shard(file_name, header, offsets, place)
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes from `5GB`, `500MB`, `5G`, `5000000000`; units are powers of 1000.
+
+    >>> parse_size("1.5GB")
+    1500000000
+    """
+    if isinstance(text, int):
+        value = text
+    else:
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)b?\s*", text, re.IGNORECASE)
+        if match is None:
+            raise FusekitError(f"size {text!r}: expected a number with k, M, G or T, such as 5GB")
+        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    if value <= 0:
+        raise FusekitError(f"size {text!r}: expected more than 0 bytes")
+    return value

@@ -1,0 +1,122 @@
+"""Writing a checkpoint folder so that it is either complete or visibly not there.
+
+Files grow in `<target>.partial` beside the target. When every byte is flushed the folder is renamed
+into place; until then nothing carries the target's name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from fusekit.checkpoint.layout import Layout
+from fusekit.errors import FusekitError
+
+
+def partial_folder(target: Path) -> Path:
+    """Where an unfinished output lives."""
+    return target.with_name(target.name + ".partial")
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists or cannot be created, before any work."""
+    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+        raise FusekitError(f"{target}: already exists; choose another output or pass --overwrite")
+    parent = target.absolute().parent
+    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise FusekitError(f"{existing}: not a writable folder, {target} cannot be created")
+
+
+class CheckpointWriter:
+    """The shards of an unfinished output, written at known offsets by any thread in any order."""
+
+    def __init__(self, target: Path, layout: Layout, *, keep: bool = False) -> None:
+        """Create (or, with `keep`, reopen) the partial folder with all shards at full length."""
+        self.target = target
+        self.folder = partial_folder(target)
+        self.layout = layout
+        if not keep and self.folder.exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._check_space()
+        self._fds: dict[str, int] = {}
+        for shard in layout.shards:
+            fd = os.open(self.folder / shard.file_name, os.O_RDWR | os.O_CREAT, 0o644)
+            self._fds[shard.file_name] = fd
+            os.ftruncate(fd, shard.nbytes)
+            os.pwrite(fd, shard.header, 0)
+        self._place = {
+            name: (self._fds[shard.file_name], offset)
+            for shard in layout.shards
+            for name, offset in shard.offsets.items()
+        }
+
+    def _check_space(self) -> None:
+        there = sum(file.stat().st_blocks * 512 for file in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free
+        if free + there < self.layout.nbytes:
+            raise FusekitError(
+                f"{self.folder.parent}: {free / 1e9:.2f} GB free, the output needs "
+                f"{self.layout.nbytes / 1e9:.2f} GB"
+            )
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Write bytes of a tensor, starting `offset` bytes into it. Thread-safe."""
+        fd, begin = self._place[name]
+        done = os.pwrite(fd, data, begin + offset)
+        while done < len(data):
+            done += os.pwrite(fd, data[done:], begin + offset + done)
+
+    def read(self, name: str, offset: int, out: memoryview) -> None:
+        """Read back what was written."""
+        fd, begin = self._place[name]
+        if os.preadv(fd, [out], begin + offset) != len(out):
+            raise FusekitError(f"{self.folder}: tensor {name!r} could not be read back")
+
+    def flush(self) -> None:
+        """Force everything written so far to the disk."""
+        for fd in self._fds.values():
+            os.fsync(fd)
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """A small file beside the shards, flushed."""
+        with (self.folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def discard_file(self, name: str) -> None:
+        """Remove a working file that is not part of the finished output."""
+        (self.folder / name).unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the files; the partial folder stays."""
+        for fd in self._fds.values():
+            os.close(fd)
+        self._fds = {}
+
+    def publish(self) -> None:
+        """Flush, close and rename the folder into place; a folder it replaces goes last."""
+        self.flush()
+        self.close()
+        _fsync_folder(self.folder)
+        retired = None
+        if self.target.exists():
+            retired = self.target.with_name(self.target.name + ".replaced")
+            if retired.exists():
+                shutil.rmtree(retired)
+            self.target.rename(retired)
+        self.folder.rename(self.target)
+        _fsync_folder(self.target.absolute().parent)
+        if retired is not None:
+            shutil.rmtree(retired)
+
+
+def _fsync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,1 @@
+"""From a plan to finished tensors: summaries, blocks, threads, resume and verification."""

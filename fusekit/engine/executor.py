@@ -1,0 +1,503 @@
+"""Runs a plan on threads: scans for summaries, then combined blocks at their places.
+
+Workers take units of work from a queue; the last unit of a scan lets the tensor's rule go on. What is
+written depends on the plan alone, never on the number of threads, the block size or the order in
+which units finish.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from fusekit.engine.blocks import (
+    BLOCK_ELEMENTS,
+    BlockReader,
+    Fetch,
+    Workspace,
+    resident,
+    streaming,
+)
+from fusekit.engine.checksum import CHUNK_ELEMENTS, ChunkDigests
+from fusekit.engine.passes import Accumulator, Span, accumulator
+from fusekit.engine.plan import Plan, PlannedTensor
+from fusekit.errors import CheckpointError, RecipeError
+from fusekit.kernels import GRANULE
+from fusekit.methods.base import Combine, Copy, Summary
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+RESIDENT_BYTES = 32 << 20
+"""A tensor whose operands fit is read once by one worker, however many scans its method needs."""
+
+
+class Sink(Protocol):
+    """Where merged tensors go."""
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        """Bytes of a tensor, `offset` bytes into it. Called from any thread."""
+
+    def finished(self, name: str, checksum: str) -> None:
+        """Every byte of a tensor has been written. Called under a lock."""
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """NaN and infinite entries found in one operand of one tensor."""
+
+    tensor: str
+    model: str
+    count: int
+
+
+@dataclass
+class Execution:
+    """What a run did."""
+
+    bytes_read: int = 0
+    bytes_written: int = 0
+    nonfinite: list[NonFinite] = field(default_factory=list)
+    overflows: dict[str, int] = field(default_factory=dict)
+
+
+class _Job:
+    """One output tensor on its way: where its rule stands and what has been written."""
+
+    def __init__(self, planned: PlannedTensor, index: int, written: bool) -> None:
+        self.planned = planned
+        self.index = index
+        self.written = written
+        self.request: Summary | None = None
+        self.combine: Combine | None = None
+        self.scanned = False
+        self.nonfinite = dict.fromkeys(planned.operand_indices(), 0)
+        self.overflows = 0
+        self.pending = 0
+        self.digests = ChunkDigests(planned.size)
+        self._steps = planned.method.rule(planned.tensor) if planned.kind == "merge" else None
+
+    def advance(self, result: Any = None) -> None:
+        """Let the rule go on until it asks for a summary or returns a combine."""
+        self.request = None
+        if self._steps is None:
+            self.combine = Copy(-1 if self.planned.base else 0)
+            return
+        try:
+            self.request = self._steps.send(result)
+        except StopIteration as stop:
+            self.combine = stop.value
+
+    @property
+    def copies_bytes(self) -> bool:
+        """Whether the result is an operand's bytes as they are."""
+        combine = self.combine
+        return (
+            isinstance(combine, Copy)
+            and self.planned.operand(combine.model).dtype == self.planned.dtype
+        )
+
+
+Task = Callable[[Workspace], None]
+
+_MODEL = "model"
+
+
+class Executor:
+    """Executes the tensors of a plan that are not written yet."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        sink: Sink,
+        *,
+        threads: int | None = None,
+        block_elements: int = BLOCK_ELEMENTS,
+        resident_bytes: int = RESIDENT_BYTES,
+        allow_nonfinite: bool = False,
+        written: Collection[str] = (),
+        on_progress: Callable[[int], None] | None = None,
+    ) -> None:
+        self._plan = plan
+        self._sources = plan.sources
+        self._sink = sink
+        self._threads = threads or available_cpus()
+        self._block_elements = max(GRANULE, block_elements // GRANULE * GRANULE)
+        self._resident_bytes = resident_bytes
+        self._allow_nonfinite = allow_nonfinite
+        self._on_progress = on_progress or (lambda written: None)
+        # Tensors written by an earlier run still count where others share summaries with them.
+        self._jobs = [
+            _Job(planned, index, planned.name in written)
+            for index, planned in enumerate(plan.tensors)
+            if plan.shares_summaries or planned.name not in written
+        ]
+        self._undecided = Counter(
+            scope for job in self._jobs for scope in {job.planned.group, _MODEL}
+        )
+        self._waiting: dict[str, list[_Job]] = {}
+        self._queue: deque[Task] = deque()
+        self._urgent: deque[Task] = deque()
+        self._condition = threading.Condition()
+        self._failure: BaseException | None = None
+        self._unfinished = len(self._jobs)
+        self.execution = Execution()
+
+    # -- threads ---------------------------------------------------------------------------------
+
+    def run(self) -> Execution:
+        """Do all the work; raises the first error any task met."""
+        for job in self._jobs:
+            job.advance()
+        with self._condition:
+            self._dispatch(self._jobs, self._queue)
+        workers = [
+            threading.Thread(target=self._work, name=f"fusekit-{i}", daemon=True)
+            for i in range(self._threads)
+        ]
+        for worker in workers:
+            worker.start()
+        try:
+            self._watch()
+        except BaseException as interruption:
+            self._fail(interruption)
+        for worker in workers:
+            worker.join()
+        if self._failure is not None:
+            raise self._failure
+        self._on_progress(self.execution.bytes_written)
+        self.execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
+        return self.execution
+
+    def _watch(self) -> None:
+        while True:
+            with self._condition:
+                if not self._unfinished or self._failure is not None:
+                    return
+                self._condition.wait(timeout=0.1)
+                written = self.execution.bytes_written
+            self._on_progress(written)
+
+    def _work(self) -> None:
+        space = Workspace(self._block_elements)
+        while True:
+            with self._condition:
+                while not (self._urgent or self._queue or self._failure or not self._unfinished):
+                    self._condition.wait()
+                if self._failure is not None or not self._unfinished:
+                    return
+                task = (self._urgent or self._queue).popleft()
+            try:
+                task(space)
+            except BaseException as error:
+                self._fail(error)
+                return
+            with self._condition:
+                self.execution.bytes_read += space.bytes_read
+            space.bytes_read = 0
+
+    def _fail(self, error: BaseException) -> None:
+        with self._condition:
+            if self._failure is None:
+                self._failure = error
+            self._condition.notify_all()
+
+    # -- what to do next (called under the lock) ---------------------------------------------------
+
+    def _dispatch(self, jobs: Iterable[_Job], queue: deque[Task]) -> None:
+        """Queue the next work of jobs whose rule has just advanced; small ones share a task."""
+        batch: list[Task] = []
+        elements = 0
+        for job in jobs:
+            tasks = self._next_tasks(job)
+            if job.planned.size >= CHUNK_ELEMENTS:
+                queue.extend(tasks)
+                continue
+            batch.extend(tasks)
+            elements += job.planned.size
+            if elements >= CHUNK_ELEMENTS:
+                queue.append(_in_turn(batch))
+                batch, elements = [], 0
+        if batch:
+            queue.append(_in_turn(batch))
+        self._condition.notify_all()
+
+    def _next_tasks(self, job: _Job) -> list[Task]:
+        planned = job.planned
+        if job.combine is not None:
+            self._decided(job)
+            if job.written:
+                self._end(job)
+                return []
+            return self._combine_tasks(job)
+        assert job.request is not None
+        scope = {"tensor": None, "group": planned.group, "model": _MODEL}[job.request.scope]
+        if scope is not None and (scope == _MODEL or self._plan.granularity != "tensor"):
+            self._waiting.setdefault(scope, []).append(job)
+            self._start_if_complete(scope)
+            return []
+        if planned.input_bytes <= self._resident_bytes:
+            return [lambda space: self._run_resident(job, space)]
+        return self._scan_tasks([job], accumulator([(planned, job.request)]))
+
+    def _decided(self, job: _Job) -> None:
+        """A rule has ended: nobody needs to wait for it any more."""
+        for scope in {job.planned.group, _MODEL}:
+            self._undecided[scope] -= 1
+            self._start_if_complete(scope)
+
+    def _start_if_complete(self, scope: str) -> None:
+        """Scan for a shared summary once every undecided tensor of the scope asks for it."""
+        waiting = self._waiting.get(scope, [])
+        if waiting and len(waiting) == self._undecided[scope]:
+            del self._waiting[scope]
+            waiting.sort(key=lambda job: job.index)
+            _check_same_request(waiting)
+            shared = accumulator([(job.planned, job.request) for job in waiting])
+            self._urgent.extend(self._scan_tasks(waiting, shared))
+            self._condition.notify_all()
+
+    def _end(self, job: _Job) -> None:
+        self._unfinished -= 1
+        if not self._unfinished:
+            self._condition.notify_all()
+
+    # -- scans -----------------------------------------------------------------------------------
+
+    def _scan_tasks(self, jobs: list[_Job], shared: Accumulator) -> list[Task]:
+        """One task per piece of a scan; the one that ends last closes the scan."""
+        pieces = [
+            piece
+            for span in shared.spans()
+            for piece in (_split(span) if shared.divisible(span.member) else [span])
+        ]
+        left = _Countdown(len(pieces))
+
+        def scan(piece: Span) -> Task:
+            def task(space: Workspace) -> None:
+                job = jobs[piece.member]
+                reader = self._reader(job, space, streaming)
+                shared.measure(piece, reader)
+                self._count_nonfinite(job, reader, shared)
+                if left.step():
+                    self._close_scan(jobs, shared)
+
+            return task
+
+        return [scan(piece) for piece in pieces]
+
+    def _close_scan(self, jobs: list[_Job], shared: Accumulator) -> None:
+        if shared.covers_everything:
+            for job in jobs:
+                self._check_finite(job)
+        if shared.advance():
+            for member, job in enumerate(jobs):
+                job.advance(shared.result(member))
+            with self._condition:
+                self._dispatch(jobs, self._urgent)
+        else:
+            with self._condition:
+                self._urgent.extend(self._scan_tasks(jobs, shared))
+                self._condition.notify_all()
+
+    def _run_resident(self, job: _Job, space: Workspace) -> None:
+        """All scans of a tensor's own and, if nothing else is to be waited for, the combine."""
+        reader = self._reader(job, space, resident)
+        while job.request is not None and not self._is_shared(job.request):
+            own = accumulator([(job.planned, job.request)])
+            while True:
+                for span in own.spans():
+                    own.measure(span, reader)
+                self._count_nonfinite(job, reader, own)
+                if own.covers_everything:
+                    self._check_finite(job)
+                if own.advance():
+                    break
+            job.advance(own.result(0))
+        if job.combine is None or job.written or job.copies_bytes:
+            with self._condition:
+                self._dispatch([job], self._urgent)
+            return
+        with self._condition:
+            self._decided(job)
+            job.pending = 1
+        self._combine(job, 0, job.planned.size, space, reader)
+
+    def _is_shared(self, request: Summary) -> bool:
+        return request.scope == "model" or (
+            request.scope == "group" and self._plan.granularity != "tensor"
+        )
+
+    def _reader(self, job: _Job, space: Workspace, how: Callable[..., Fetch]) -> BlockReader:
+        return BlockReader(job.planned, space, how(job.planned, self._sources, space))
+
+    # -- NaN and Inf -----------------------------------------------------------------------------
+
+    def _count_nonfinite(self, job: _Job, reader: BlockReader, shared: Accumulator | None) -> None:
+        """Add a reader's counts, once per element however often the tensor is scanned."""
+        if not job.scanned and (shared is None or shared.covers_everything):
+            with self._condition:
+                for index, count in reader.nonfinite.items():
+                    job.nonfinite[index] += count
+        reader.reset_counts()
+
+    def _check_finite(self, job: _Job) -> None:
+        """Refuse NaN and Inf, or note them, once a tensor has been read from end to end."""
+        if job.scanned:
+            return
+        job.scanned = True
+        for index, count in job.nonfinite.items():
+            if not count:
+                continue
+            ref = job.planned.operand(index)
+            model = self._plan.checkpoints[ref.source].reference
+            if not self._allow_nonfinite:
+                raise CheckpointError(
+                    f"{self._sources[ref.source].where(ref.name)}: tensor {ref.name!r} has {count} "
+                    "NaN or infinite values, expected none; repair the model, or merge "
+                    "with --allow-nonfinite to let them through"
+                )
+            with self._condition:
+                self.execution.nonfinite.append(NonFinite(job.planned.name, model, count))
+
+    # -- combining -------------------------------------------------------------------------------
+
+    def _combine_tasks(self, job: _Job) -> list[Task]:
+        planned, combine = job.planned, job.combine
+        assert combine is not None
+        whole = Span(0, 0, planned.size)
+        divisible = job.copies_bytes or combine.unit(planned.shape) == 1
+        pieces = _split(whole) if divisible else [whole]
+        job.pending = len(pieces)
+
+        def write(piece: Span) -> Task:
+            def task(space: Workspace) -> None:
+                if job.copies_bytes:
+                    self._copy(job, piece.start, piece.stop, space)
+                else:
+                    reader = self._reader(job, space, streaming)
+                    self._combine(job, piece.start, piece.stop, space, reader)
+
+            return task
+
+        return [write(piece) for piece in pieces]
+
+    def _combine(
+        self, job: _Job, start: int, stop: int, space: Workspace, reader: BlockReader
+    ) -> None:
+        planned, combine = job.planned, job.combine
+        assert combine is not None
+        overflows = 0
+        digest = job.digests.from_chunk(start)
+        for block in reader.blocks(combine, start, stop):
+            length = block.rows.shape[1]
+            out = space.scratch("out", (length,), reader.compute)
+            combine.apply(block, out)
+            encoded, beyond = space.encode(out, planned.dtype)
+            overflows += beyond
+            digest.update(encoded, planned.dtype.itemsize)
+            self._sink.write(
+                planned.name, block.start * planned.dtype.itemsize, memoryview(encoded)
+            )
+        digest.close()
+        self._count_nonfinite(job, reader, None)
+        self._written(job, (stop - start) * planned.dtype.itemsize, overflows)
+
+    def _copy(self, job: _Job, start: int, stop: int, space: Workspace) -> None:
+        """Bytes as they are; operands of an integer tensor must all agree."""
+        planned, combine = job.planned, job.combine
+        assert isinstance(combine, Copy)
+        fetch = streaming(planned, self._sources, space)
+        width = planned.dtype.itemsize
+        others = planned.operand_indices() if planned.kind == "same" else []
+        digest = job.digests.from_chunk(start)
+        for begin in range(start, stop, self._block_elements):
+            end = min(begin + self._block_elements, stop)
+            raw = fetch(combine.model, begin, end)
+            for index in others:
+                if index != combine.model:
+                    self._check_equal(planned, combine.model, index, raw, fetch(index, begin, end))
+            digest.update(raw, width)
+            self._sink.write(planned.name, begin * width, memoryview(raw))
+        digest.close()
+        job.scanned = True
+        self._written(job, (stop - start) * width, 0)
+
+    def _check_equal(
+        self, planned: PlannedTensor, kept: int, other: int, raw: Array, raw_other: Array
+    ) -> None:
+        if not np.array_equal(raw, raw_other):
+            first, second = planned.operand(kept), planned.operand(other)
+            raise CheckpointError(
+                f"{self._sources[second.source].where(second.name)}: tensor {second.name!r} "
+                f"({second.dtype.torch_name}) differs from that of "
+                f"{self._plan.checkpoints[first.source].reference}; integer and boolean tensors "
+                "are copied and must be equal in all models"
+            )
+
+    def _written(self, job: _Job, nbytes: int, overflows: int) -> None:
+        with self._condition:
+            job.pending -= 1
+            job.overflows += overflows
+            self.execution.bytes_written += nbytes
+            if job.pending:
+                return
+        self._check_finite(job)
+        with self._condition:
+            if job.overflows:
+                self.execution.overflows[job.planned.name] = job.overflows
+            self._sink.finished(job.planned.name, job.digests.hexdigest())
+            self._end(job)
+
+
+class _Countdown:
+    """Tells the last of several threads that it is the last."""
+
+    def __init__(self, count: int) -> None:
+        self._left = count
+        self._lock = threading.Lock()
+
+    def step(self) -> bool:
+        with self._lock:
+            self._left -= 1
+            return self._left == 0
+
+
+def _in_turn(tasks: Sequence[Task]) -> Task:
+    def run(space: Workspace) -> None:
+        for task in tasks:
+            task(space)
+
+    return run
+
+
+def _split(span: Span) -> list[Span]:
+    return [
+        Span(span.member, start, min(start + CHUNK_ELEMENTS, span.stop))
+        for start in range(span.start, span.stop, CHUNK_ELEMENTS)
+    ] or [span]
+
+
+def _check_same_request(jobs: Sequence[_Job]) -> None:
+    first = jobs[0]
+    assert first.request is not None
+    for job in jobs[1:]:
+        assert job.request is not None
+        if job.request.group_key() != first.request.group_key():
+            raise RecipeError(
+                f"{first.planned.method.name}: tensors {first.planned.name!r} and "
+                f"{job.planned.name!r} share a summary (granularity) but have different "
+                "parameters; give them the same values or use granularity: tensor"
+            )
+
+
+def available_cpus() -> int:
+    """Processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,124 @@
+"""What a partial output already holds, so that a run that was killed can go on.
+
+A line is added only after the bytes it speaks of have reached the disk. The first line says what is
+being merged; a partial folder of another merge is refused with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from fusekit.checkpoint.writer import CheckpointWriter
+from fusekit.engine.plan import Plan
+from fusekit.errors import FusekitError
+
+JOURNAL = "journal.jsonl"
+
+
+def subject(plan: Plan) -> dict[str, Any]:
+    """What a journal is about: everything the output's bytes depend on."""
+    from fusekit import __version__
+
+    return {
+        "fusekit": __version__,
+        "recipe": dict(plan.recipe),
+        "inputs": [source.identity() for source in plan.sources],
+        "shards": [[shard.file_name, shard.nbytes] for shard in plan.layout.shards],
+    }
+
+
+def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:
+    """Tensor -> checksum of what a partial folder already holds of this very merge.
+
+    Raises:
+        FusekitError: the folder holds part of another merge; the message says what differs.
+    """
+    path = folder / JOURNAL
+    if not path.is_file():
+        return {}
+    lines = path.read_text(encoding="utf-8").splitlines()
+    entries = [entry for entry in map(_parsed, lines) if entry is not None]
+    if not entries:
+        return {}
+    _check_same(entries[0], subject(plan), folder)
+    return {entry["tensor"]: entry["checksum"] for entry in entries[1:]}
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A line's content; the last line of a killed run may be cut short."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    return entry if isinstance(entry, dict) else None
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    now = json.loads(json.dumps(now))
+    names = {
+        "fusekit": "another version of fusekit",
+        "recipe": "another recipe",
+        "shards": "another output layout (--out-shard-size)",
+    }
+    for key, reason in names.items():
+        if before.get(key) != now[key]:
+            raise FusekitError(
+                f"{folder}: holds part of a merge made with {reason}; "
+                "pass --no-resume to start over"
+            )
+    if before.get("inputs") != now["inputs"]:
+        changed = next(
+            (new["label"] if "label" in new else new["path"])
+            for old, new in zip(
+                [*before.get("inputs", []), *[None] * len(now["inputs"])],
+                now["inputs"],
+                strict=False,
+            )
+            if old != new
+        )
+        raise FusekitError(
+            f"{folder}: the input {changed} has changed since this merge was begun; "
+            "pass --no-resume to start over"
+        )
+
+
+class Journal:
+    """Records finished tensors of a running merge."""
+
+    def __init__(self, writer: CheckpointWriter, plan: Plan, finished: dict[str, str]) -> None:
+        self._writer = writer
+        self._lock = threading.Lock()
+        self._fresh: dict[str, str] = {}
+        self.checksums = dict(finished)
+        path = writer.folder / JOURNAL
+        lines = [json.dumps(subject(plan))]
+        lines += [_line(name, checksum) for name, checksum in finished.items()]
+        writer.add_file(JOURNAL, ("\n".join(lines) + "\n").encode())
+        self._fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+
+    def finished(self, name: str, checksum: str) -> None:
+        """Note a tensor whose bytes have been handed to the writer."""
+        with self._lock:
+            self._fresh[name] = checksum
+            self.checksums[name] = checksum
+
+    def sync(self) -> None:
+        """Bring the noted tensors' bytes to the disk, then say so."""
+        with self._lock:
+            fresh, self._fresh = self._fresh, {}
+        if fresh:
+            self._writer.flush()
+            text = "".join(_line(name, checksum) + "\n" for name, checksum in fresh.items())
+            os.write(self._fd, text.encode())
+            os.fsync(self._fd)
+
+    def close(self) -> None:
+        os.close(self._fd)
+
+
+def _line(name: str, checksum: str) -> str:
+    return json.dumps({"tensor": name, "checksum": checksum})

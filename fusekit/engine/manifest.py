@@ -1,0 +1,121 @@
+"""The manifest of a finished output, and checking an output against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusekit.checkpoint.folder import open_checkpoint
+from fusekit.checkpoint.source import TensorSource
+from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
+from fusekit.engine.plan import Plan
+from fusekit.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+FORMAT = "fusekit-manifest/1"
+
+
+def manifest(plan: Plan, checksums: Mapping[str, str]) -> dict[str, Any]:
+    """Recipe, version, the inputs' identities and every output tensor's checksum."""
+    from fusekit import __version__
+
+    return {
+        "format": FORMAT,
+        "fusekit": __version__,
+        "recipe": dict(plan.recipe),
+        "inputs": [
+            {"reference": checkpoint.reference, **checkpoint.source.identity()}
+            for checkpoint in plan.checkpoints
+        ],
+        "checksum": ALGORITHM,
+        "tensors": {
+            planned.name: {
+                "file": plan.layout.shard_of[planned.name].file_name,
+                "dtype": planned.dtype.name,
+                "shape": list(planned.shape),
+                "checksum": checksums[planned.name],
+            }
+            for planned in plan.tensors
+        },
+    }
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The outcome of checking an output: how much was checked and what is wrong."""
+
+    tensors: int
+    nbytes: int
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+
+def verify(out: Path) -> Verification:
+    """Compare every tensor of a merged folder with its manifest.
+
+    Raises:
+        CheckpointError: no manifest, or one of another format.
+    """
+    path = out / MANIFEST
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        entries = dict(content["tensors"])
+        known = content["format"] == FORMAT and content["checksum"] == ALGORITHM
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{path}: not a fusekit manifest") from None
+    if not known:
+        raise CheckpointError(
+            f"{path}: format {content['format']!r} with {content['checksum']!r}, "
+            f"expected {FORMAT!r} with {ALGORITHM!r}"
+        )
+    source = open_checkpoint(str(out)).source
+    problems = [
+        f"{name}: not in the manifest" for name in source.tensors if name not in entries
+    ]
+    nbytes = 0
+    for name, entry in entries.items():
+        problem = _problem(source, name, entry)
+        if problem is None:
+            nbytes += source.tensors[name].nbytes
+        else:
+            problems.append(f"{name}: {problem}")
+    source.close()
+    return Verification(len(entries), nbytes, tuple(problems))
+
+
+def _problem(source: TensorSource, name: str, entry: Mapping[str, Any]) -> str | None:
+    info = source.tensors.get(name)
+    if info is None:
+        return "missing"
+    found = {"dtype": info.dtype.name, "shape": list(info.shape)}
+    expected = {key: entry.get(key) for key in found}
+    if found != expected:
+        return f"is {found['dtype']} {found['shape']}, expected {expected['dtype']} {expected['shape']}"
+    if tensor_checksum(source, name) != entry.get("checksum"):
+        return "the bytes differ from those that were written"
+    return None
+
+
+def tensor_checksum(source: TensorSource, name: str) -> str:
+    """The checksum of one tensor, read chunk by chunk."""
+    info = source.tensors[name]
+    digests = ChunkDigests(info.size)
+    buffer = np.empty(min(info.size, CHUNK_ELEMENTS) * info.dtype.itemsize, np.uint8)
+    for start in range(0, info.size, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, info.size)
+        part = buffer[: (stop - start) * info.dtype.itemsize]
+        source.read_into(name, start, stop, memoryview(part))
+        digest = digests.from_chunk(start)
+        digest.update(part, info.dtype.itemsize)
+        digest.close()
+    return digests.hexdigest()

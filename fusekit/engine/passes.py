@@ -1,0 +1,379 @@
+"""How summaries are measured: scans over blocks whose results do not depend on how work is split.
+
+An accumulator belongs to the tensors that share a summary: one tensor, a layer, or the model. It says
+which spans to scan, takes their blocks in any order from any thread, and after each scan either asks
+for another one or is finished. Floating-point sums are kept per grain and added in order; everything
+else is counted in integers.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusekit.engine.blocks import BlockReader
+from fusekit.engine.plan import PlannedTensor
+from fusekit.kernels import GRANULE, gram, order
+from fusekit.methods.base import (
+    Additive,
+    Block,
+    Cumulative,
+    OrderStatistics,
+    OrderValue,
+    Sequential,
+    Summary,
+)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DIRECT_ELEMENTS = 1 << 17
+"""Up to this many values an order statistic is selected from the values themselves."""
+
+SAMPLE_PIECES, PIECE_ELEMENTS = 64, 1024
+"""How a first guess of an order statistic is sampled: evenly spaced short runs."""
+
+MAX_BINS = 1 << 20
+
+
+@dataclass(frozen=True)
+class Span:
+    """Elements `[start, stop)` of an accumulator's member."""
+
+    member: int
+    start: int
+    stop: int
+
+
+Member = tuple[PlannedTensor, Any]
+
+
+class Accumulator(ABC):
+    """Measures one summary over its members (tensor plan and that tensor's own request)."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = members
+
+    @property
+    def covers_everything(self) -> bool:
+        """Whether the coming scan reads every element of every member."""
+        return True
+
+    def divisible(self, member: int) -> bool:
+        """Whether a member's blocks may be measured by several threads at once."""
+        planned, summary = self.members[member]
+        return bool(summary.unit(planned.shape) == 1)
+
+    def spans(self) -> list[Span]:
+        """What the coming scan has to cover."""
+        return [Span(i, 0, planned.size) for i, (planned, _) in enumerate(self.members)]
+
+    @abstractmethod
+    def measure(self, span: Span, reader: BlockReader) -> None:
+        """Take in a span. Thread-safe."""
+
+    @abstractmethod
+    def advance(self) -> bool:
+        """Close the scan; False asks for another one."""
+
+    @abstractmethod
+    def result(self, member: int) -> Any:
+        """What the member's rule receives."""
+
+
+def accumulator(members: Sequence[Member]) -> Accumulator:
+    """The accumulator for the kind of summary the members ask for."""
+    summary = members[0][1]
+    if isinstance(summary, Additive):
+        return _Sums(members)
+    if isinstance(summary, OrderStatistics):
+        return _Order(members)
+    if isinstance(summary, Sequential):
+        return _State(members)
+    raise TypeError(f"unknown kind of summary: {type(summary).__name__}")
+
+
+def grain(summary: Summary, planned: PlannedTensor) -> int:
+    """Elements per partial sum."""
+    unit = summary.unit(planned.shape)
+    return GRANULE if unit == 1 else unit
+
+
+class _Sums(Accumulator):
+    """Additive summaries: partial sums per grain, added in order of position and tensor."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        self._partials = [
+            np.zeros((-(-planned.size // grain(summary, planned)), summary.width(planned.tensor)))
+            for planned, summary in members
+        ]
+        self._total = np.zeros(self._partials[0].shape[1])
+        self._before: list[Array] = []
+
+    def measure(self, span: Span, reader: BlockReader) -> None:
+        planned, summary = self.members[span.member]
+        size = grain(summary, planned)
+        partials = self._partials[span.member]
+        for block in reader.blocks(summary, span.start, span.stop):
+            first = block.start // size
+            count = -(-block.rows.shape[1] // size)
+            summary.measure(block, partials[first : first + count])
+
+    def advance(self) -> bool:
+        for (_, summary), partials in zip(self.members, self._partials, strict=True):
+            if isinstance(summary, Cumulative):
+                before = np.empty_like(partials)
+                gram.running_sums(partials, self._total, before)
+                self._before.append(before)
+            else:
+                gram.add_rows(partials, self._total)
+        return True
+
+    def result(self, member: int) -> Any:
+        summary = self.members[member][1]
+        if isinstance(summary, Cumulative):
+            return summary.result(self._before[member])
+        return summary.result(self._total.copy())
+
+
+class _State(Accumulator):
+    """Sequential summaries: one worker, first element to last."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        ((planned, summary),) = members
+        self._state = summary.begin(planned.tensor)
+
+    def divisible(self, member: int) -> bool:
+        return False
+
+    def measure(self, span: Span, reader: BlockReader) -> None:
+        summary = self.members[0][1]
+        for block in reader.blocks(summary, span.start, span.stop):
+            summary.update(self._state, block)
+
+    def advance(self) -> bool:
+        return True
+
+    def result(self, member: int) -> Any:
+        return self.members[0][1].result(self._state)
+
+
+@dataclass
+class _Target:
+    """One wanted rank of one row, and the bracket of keys it is known to lie in."""
+
+    row: int
+    rank: int
+    low: int
+    high: int
+    shift: int = 0
+    found: OrderValue | None = None
+
+    @property
+    def bins(self) -> int:
+        return ((self.high - self.low) >> self.shift) + 1
+
+    def narrow(self, low: int, high: int) -> None:
+        """Look between two keys, in as few keys per bin as the bins allow."""
+        self.low, self.high = low, high
+        self.shift = max(0, (high - low).bit_length() - (MAX_BINS - 1).bit_length())
+
+
+class _Order(Accumulator):
+    """Order statistics: select directly where few, else bracket by a sample and count keys."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        super().__init__(members)
+        summary: OrderStatistics = members[0][1]
+        self._absolute = summary.absolute
+        self._size = sum(planned.size for planned, _ in members)
+        self._offsets = np.cumsum([0, *(planned.size for planned, _ in members)]).tolist()
+        self._compute = np.dtype(members[0][0].compute)
+        self._key = np.dtype(np.uint32 if self._compute.itemsize == 4 else np.uint64)
+        self._sign = self._key.type(1 << (8 * self._key.itemsize - 1))
+        self._below_sign = self._key.type(int(self._sign) - 1)
+        top = int(self._below_sign) if self._absolute else (1 << (8 * self._key.itemsize)) - 1
+        self._targets = [
+            _Target(row, rank, 0, top) for row, ranks in enumerate(summary.ranks) for rank in ranks
+        ]
+        self._rows = len(summary.ranks)
+        self._lock = threading.Lock()
+        self._idle: list[tuple[list[Array], list[int]]] = []
+        if self._size <= DIRECT_ELEMENTS:
+            self._scan = "direct"
+            self._collected = np.empty((self._rows, self._size), self._key)
+        else:
+            self._scan = "sample"
+            self._pieces = self._sample_pieces()
+            lengths = [span.stop - span.start for span in self._pieces]
+            self._collected = np.empty((self._rows, sum(lengths)), self._key)
+            starts = np.cumsum([0, *lengths]).tolist()
+            self._piece_offsets = dict(zip(self._pieces, starts, strict=False))
+
+    @property
+    def covers_everything(self) -> bool:
+        return self._scan != "sample"
+
+    def spans(self) -> list[Span]:
+        return self._pieces if self._scan == "sample" else super().spans()
+
+    def measure(self, span: Span, reader: BlockReader) -> None:
+        _, summary = self.members[span.member]
+        if self._scan == "count":
+            with self._borrowed_bins() as (bins, above):
+                for block in reader.blocks(summary, span.start, span.stop):
+                    self._count(self._keys(summary, block), bins, above)
+            return
+        for block in reader.blocks(summary, span.start, span.stop):
+            keys = self._keys(summary, block)
+            at = self._place(span, block.start)
+            self._collected[:, at : at + keys.shape[1]] = keys
+
+    def advance(self) -> bool:
+        if self._scan == "direct":
+            self._select()
+            return True
+        if self._scan == "sample":
+            self._bracket()
+            self._scan = "count"
+            return False
+        self._locate()
+        return all(target.found is not None for target in self._targets)
+
+    def result(self, member: int) -> tuple[tuple[OrderValue, ...], ...]:
+        rows: list[list[OrderValue]] = [[] for _ in range(self._rows)]
+        for target in self._targets:
+            assert target.found is not None
+            rows[target.row].append(target.found)
+        return tuple(map(tuple, rows))
+
+    # -- keys ------------------------------------------------------------------------------------
+
+    def _keys(self, summary: OrderStatistics, block: Block) -> Array:
+        values = summary.values(block)
+        keys = block.scratch("keys", values.shape, self._key)
+        for row in range(len(values)):
+            bits = values[row].view(self._key)
+            if self._absolute:
+                order.magnitude_keys(bits, self._below_sign, keys[row])
+            else:
+                order.signed_keys(bits, self._sign, keys[row])
+        return keys
+
+    def _value(self, key: int) -> float:
+        bits = self._key.type(key)
+        if not self._absolute:
+            bits = bits ^ self._sign if bits & self._sign else ~bits
+        return float(np.array([bits], self._key).view(self._compute)[0])
+
+    # -- few values ------------------------------------------------------------------------------
+
+    def _place(self, span: Span, start: int) -> int:
+        if self._scan == "direct":
+            return int(self._offsets[span.member]) + start
+        return int(self._piece_offsets[span]) + start - span.start
+
+    def _select(self) -> None:
+        for target in self._targets:
+            keys = self._collected[target.row]
+            at = self._size - target.rank
+            key = np.partition(keys, at)[at]
+            target.found = OrderValue(
+                self._value(int(key)),
+                int(np.count_nonzero(keys > key)),
+                int(np.count_nonzero(keys == key)),
+            )
+
+    # -- many values -----------------------------------------------------------------------------
+
+    def _sample_pieces(self) -> list[Span]:
+        """Evenly spaced whole runs over all members, each starting on a granule."""
+        pieces = []
+        member = 0
+        for piece in range(SAMPLE_PIECES):
+            position = self._size * piece // SAMPLE_PIECES
+            while position >= self._offsets[member + 1]:
+                member += 1
+            planned, summary = self.members[member]
+            unit = summary.unit(planned.shape)
+            align = grain(summary, planned)
+            start = (position - self._offsets[member]) // align * align
+            stop = min(start + -(-PIECE_ELEMENTS // unit) * unit, planned.size)
+            pieces.append(Span(member, start, stop))
+        return list(dict.fromkeys(pieces))
+
+    def _bracket(self) -> None:
+        """Keys between which a rank probably lies: five standard errors and half a percent."""
+        taken = self._collected.shape[1]
+        self._collected.sort(axis=1)
+        for target in self._targets:
+            if taken == 0:
+                target.narrow(target.low, target.high)
+                continue
+            share = (self._size - target.rank) / self._size
+            margin = 5.0 * (share * (1.0 - share) / taken) ** 0.5 + 0.005
+            keys = self._collected[target.row]
+            first = int((share - margin) * taken)
+            last = int((share + margin) * taken) + 1
+            low = int(keys[first]) if first > 0 else target.low
+            high = int(keys[last]) if last < taken else target.high
+            target.narrow(low, high)
+        self._collected = self._collected[:, :0]
+
+    @contextmanager
+    def _borrowed_bins(self) -> Iterator[tuple[list[Array], list[int]]]:
+        with self._lock:
+            state = self._idle.pop() if self._idle else None
+        if state is None:
+            wide = np.int64 if self._size >= 1 << 31 else np.int32
+            open_targets = [target for target in self._targets if target.found is None]
+            state = [np.zeros(t.bins, wide) for t in open_targets], [0] * len(open_targets)
+        try:
+            yield state
+        finally:
+            with self._lock:
+                self._idle.append(state)
+
+    def _count(self, keys: Array, bins: list[Array], above: list[int]) -> None:
+        open_targets = [target for target in self._targets if target.found is None]
+        for i, target in enumerate(open_targets):
+            above[i] += order.count_bracket(
+                keys[target.row],
+                self._key.type(target.low),
+                self._key.type(target.high),
+                self._key.type(target.shift),
+                bins[i],
+            )
+
+    def _locate(self) -> None:
+        """Find each rank's bin; settle it where a bin is a single key, else look closer."""
+        states, self._idle = self._idle, []
+        for i, target in enumerate([t for t in self._targets if t.found is None]):
+            counts = sum((bins[i].astype(np.int64) for bins, _ in states), np.int64(0))
+            above = sum(above[i] for _, above in states)
+            if target.rank <= above:
+                target.narrow(target.high + 1, _top(self._absolute, self._below_sign, self._key))
+                continue
+            from_top = np.cumsum(counts[::-1])  # type: ignore[index]
+            at = int(np.searchsorted(from_top, target.rank - above))
+            if at == len(from_top):
+                target.narrow(0, target.low - 1)
+                continue
+            chosen = len(from_top) - 1 - at
+            low = target.low + (chosen << target.shift)
+            if target.shift:
+                target.narrow(low, min(low + (1 << target.shift) - 1, target.high))
+                continue
+            equal = int(counts[chosen])  # type: ignore[index]
+            target.found = OrderValue(self._value(low), above + int(from_top[at]) - equal, equal)
+
+
+def _top(absolute: bool, below_sign: Any, key: np.dtype[Any]) -> int:
+    return int(below_sign) if absolute else (1 << (8 * key.itemsize)) - 1

@@ -1,0 +1,122 @@
+"""A merge as data: for every output tensor what it is made of, how, and where its bytes will lie.
+
+Planning reads headers only; its time is linear in the number of tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from fusekit.checkpoint.dtypes import DType
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.layout import Layout
+from fusekit.checkpoint.source import TensorSource
+from fusekit.methods.base import Granularity, Method, Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """One operand: a tensor of one of the plan's sources."""
+
+    source: int
+    name: str
+    dtype: DType
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One output tensor.
+
+    `kind` is `merge` for floating-point tensors and `same` for integer and boolean ones, which must
+    be equal in all operands and are copied. `group` names the tensors that share summaries.
+    """
+
+    tensor: Tensor
+    dtype: DType
+    models: tuple[TensorRef, ...]
+    base: TensorRef | None
+    method: Method
+    group: str
+    kind: Literal["merge", "same"] = "merge"
+    compute: Literal["float32", "float64"] = "float32"
+
+    @property
+    def name(self) -> str:
+        return self.tensor.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.tensor.shape
+
+    @property
+    def size(self) -> int:
+        return self.tensor.size
+
+    def operand(self, index: int) -> TensorRef:
+        """A model's tensor; -1 is the base."""
+        if index >= 0:
+            return self.models[index]
+        assert self.base is not None
+        return self.base
+
+    def operand_indices(self) -> list[int]:
+        """Indices of all operands, the base's -1 first."""
+        return ([-1] if self.base else []) + list(range(len(self.models)))
+
+    @cached_property
+    def input_bytes(self) -> int:
+        """Bytes of all operands, each read once."""
+        return self.size * sum(self.operand(i).dtype.itemsize for i in self.operand_indices())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run needs to know before it reads the first weight."""
+
+    tensors: tuple[PlannedTensor, ...]
+    checkpoints: tuple[Checkpoint, ...]
+    layout: Layout
+    granularity: Granularity
+    seed: int
+    recipe: Mapping[str, Any]
+    config_from: int | None
+    warnings: tuple[str, ...] = ()
+    config_updates: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def sources(self) -> list[TensorSource]:
+        return [checkpoint.source for checkpoint in self.checkpoints]
+
+    @property
+    def shares_summaries(self) -> bool:
+        """Whether tensors wait for each other: summaries over layers or the whole model."""
+        return self.granularity != "tensor" or any(t.method.model_scope for t in self.tensors)
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of all operands, each read once."""
+        return sum(planned.input_bytes for planned in self.tensors)
+
+    @property
+    def output_bytes(self) -> int:
+        return self.layout.nbytes
+
+    @cached_property
+    def digest(self) -> str:
+        """Identifies what will be written: recipe, inputs' identities and layout."""
+        content = {
+            "recipe": self.recipe,
+            "inputs": [source.identity() for source in self.sources],
+            "shards": [[shard.file_name, shard.nbytes] for shard in self.layout.shards],
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def close(self) -> None:
+        """Close all sources."""
+        for source in self.sources:
+            source.close()

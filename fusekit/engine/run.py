@@ -1,0 +1,374 @@
+"""Merging from a recipe to a finished folder, and merging state dicts in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
+from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
+from fusekit.checkpoint.writer import CheckpointWriter, check_target
+from fusekit.engine.executor import Execution, Executor, NonFinite
+from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
+from fusekit.engine.manifest import MANIFEST, manifest
+from fusekit.engine.plan import Plan
+from fusekit.engine.planner import choose_operands, plan_checkpoints, plan_recipe
+from fusekit.errors import FusekitError
+from fusekit.methods.base import Granularity
+from fusekit.methods.registry import find
+from fusekit.recipe.schema import Recipe, load_recipe
+
+SYNC_SECONDS = 5.0
+"""How often finished tensors are forced to the disk and noted in the journal."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a merge is, for whoever shows it."""
+
+    written: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did: bytes are those of tensors, times in seconds, memory in bytes."""
+
+    out: Path
+    tensors: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    cpu_seconds: float
+    peak_rss: int
+    nonfinite: tuple[NonFinite, ...] = ()
+    overflows: Mapping[str, int] = field(default_factory=dict)
+
+
+def merge(
+    recipe: Any,
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    out_shard_size: int = DEFAULT_SHARD_BYTES,
+    resume: bool = True,
+    overwrite: bool = False,
+    allow_nonfinite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_compile: Callable[[], None] | None = None,
+) -> MergeReport:
+    """Merge models into a new checkpoint folder.
+
+    Args:
+        recipe: path of a YAML recipe, a mapping, or a `Recipe`.
+        out: the folder to create. Until it is complete it is called `<out>.partial`.
+        threads: worker threads; default all processors. Does not change the result.
+        out_shard_size: largest size of a weight file in bytes (a larger tensor gets its own file).
+        resume: continue a merge that was interrupted; False starts over.
+        overwrite: replace `out` if it exists, once the merge is complete.
+        allow_nonfinite: let NaN and Inf through and report them, instead of refusing them.
+        on_progress: called a few times a second from the calling thread.
+        on_compile: called once if kernels must be compiled, which only the first use needs.
+
+    Returns:
+        What was read, written and found.
+
+    Raises:
+        RecipeError, CheckpointError, FusekitError: bad input, before anything is written; or NaN
+            and Inf in a tensor, unreadable files, a full disk while writing.
+
+    Example:
+        >>> import fusekit
+        >>> fusekit.merge("recipe.yml", "merged")  # doctest: +SKIP
+    """
+    begun, cpu = time.monotonic(), time.process_time()
+    target = Path(out)
+    check_target(target, overwrite)
+    plan = plan_recipe(load_recipe(recipe), out_shard_size)
+    with contextlib.closing(plan):
+        writer, journal = _open_output(plan, target, resume)
+        resumed = len(journal.checksums)
+        try:
+            with _noticing_compilation(on_compile):
+                execution = _execute(
+                    plan, writer, journal, threads, allow_nonfinite, on_progress
+                )
+            _check_inputs_unchanged(plan, writer.folder)
+            _finish(plan, writer, journal)
+        finally:
+            journal.close()
+            writer.close()
+    return MergeReport(
+        out=target,
+        tensors=len(plan.tensors),
+        resumed=resumed,
+        bytes_read=execution.bytes_read,
+        bytes_written=execution.bytes_written,
+        seconds=time.monotonic() - begun,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        nonfinite=tuple(execution.nonfinite),
+        overflows=execution.overflows,
+    )
+
+
+def _open_output(plan: Plan, target: Path, resume: bool) -> tuple[CheckpointWriter, Journal]:
+    from fusekit.checkpoint.writer import partial_folder
+
+    finished = finished_tensors(partial_folder(target), plan) if resume else {}
+    writer = CheckpointWriter(target, plan.layout, keep=bool(finished))
+    return writer, Journal(writer, plan, finished)
+
+
+class _FileSink:
+    def __init__(self, writer: CheckpointWriter, journal: Journal) -> None:
+        self.write = writer.write
+        self.finished = journal.finished
+
+
+def _execute(
+    plan: Plan,
+    writer: CheckpointWriter,
+    journal: Journal,
+    threads: int | None,
+    allow_nonfinite: bool,
+    on_progress: Callable[[Progress], None] | None,
+) -> Execution:
+    begun = synced = time.monotonic()
+    already = sum(
+        p.size * p.dtype.itemsize for p in plan.tensors if p.name in journal.checksums
+    )
+    total = sum(p.size * p.dtype.itemsize for p in plan.tensors)
+
+    def progress(written: int) -> None:
+        nonlocal synced
+        now = time.monotonic()
+        if now - synced > SYNC_SECONDS:
+            journal.sync()
+            synced = now
+        if on_progress is not None:
+            on_progress(Progress(already + written, total, now - begun))
+
+    executor = Executor(
+        plan,
+        _FileSink(writer, journal),
+        threads=threads,
+        allow_nonfinite=allow_nonfinite,
+        written=frozenset(journal.checksums),
+        on_progress=progress,
+    )
+    try:
+        return executor.run()
+    except BaseException:
+        journal.sync()
+        raise
+
+
+def _check_inputs_unchanged(plan: Plan, folder: Path) -> None:
+    before = json.loads((folder / JOURNAL).open(encoding="utf-8").readline())["inputs"]
+    for old, source in zip(before, plan.sources, strict=True):
+        if old != json.loads(json.dumps(source.identity())):
+            raise FusekitError(
+                f"{source.label}: changed while it was being read; the unfinished output is in "
+                f"{folder}, start over with --no-resume"
+            )
+
+
+def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
+    """Everything beside the weights, then the rename that makes the output exist."""
+    if plan.config_from is not None:
+        model = plan.checkpoints[plan.config_from]
+        for path in model.companions():
+            writer.add_file(path.name, path.read_bytes())
+        config = model.config()
+        if config is not None:
+            writer.add_file("config.json", _json(_updated_config(config, plan.config_updates)))
+    index = plan.layout.index_json()
+    if index is not None:
+        writer.add_file("model.safetensors.index.json", index.encode())
+    writer.add_file(MANIFEST, _json(manifest(plan, journal.checksums)))
+    journal.sync()
+    writer.discard_file(JOURNAL)
+    writer.publish()
+
+
+def _updated_config(config: dict[str, Any], updates: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with what the merge changed; the dtype under the key the config already uses."""
+    result = dict(config)
+    for key, value in updates.items():
+        result["torch_dtype" if key == "dtype" and "torch_dtype" in config else key] = value
+    return result
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _noticing_compilation(callback: Callable[[], None] | None) -> Iterator[None]:
+    """Call back once if a kernel is compiled rather than loaded from the cache."""
+    from numba.core import event
+
+    class Listener(event.Listener):  # type: ignore[misc]
+        told = False
+
+        def on_start(self, _event: Any) -> None:
+            if callback is not None and not self.told:
+                self.told = True
+                callback()
+
+        def on_end(self, _event: Any) -> None:
+            """Nothing to do: only the beginning is announced."""
+
+    listener = Listener()
+    event.register("numba:compile", listener)
+    try:
+        yield
+    finally:
+        event.unregister("numba:compile", listener)
+
+
+class _MemorySink:
+    """Merged tensors as NumPy arrays."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.arrays = {
+            planned.name: np.empty(planned.shape, planned.dtype.numpy) for planned in plan.tensors
+        }
+        self._bytes = {
+            name: memoryview(array.reshape(-1).view(np.uint8))
+            for name, array in self.arrays.items()
+        }
+
+    def write(self, name: str, offset: int, data: memoryview) -> None:
+        self._bytes[name][offset : offset + len(data)] = data
+
+    def finished(self, name: str, checksum: str) -> None:
+        """Nothing to do: the array is the result."""
+
+
+def merge_state_dicts(
+    models: Sequence[Mapping[str, Any]],
+    *,
+    method: str,
+    base: Mapping[str, Any] | None = None,
+    parameters: Mapping[str, Any] | None = None,
+    model_parameters: Sequence[Mapping[str, Any]] | None = None,
+    granularity: Granularity = "tensor",
+    seed: int = 0,
+    out_dtype: str | None = None,
+    masks: Sequence[Mapping[str, Any] | None] | None = None,
+    threads: int | None = None,
+    allow_nonfinite: bool = False,
+) -> dict[str, Any]:
+    """Merge state dicts in memory, with the kernels and the result of the file path.
+
+    Args:
+        models: one `{name: array}` per model; NumPy arrays (ml_dtypes allowed) or torch tensors, all
+            with the same names and shapes.
+        method: a name from `fusekit.methods.available()`.
+        base: the common ancestor (task-vector methods), or the first of the models (SLERP).
+        parameters: global parameters: scalars, gradients or filter lists, as in a recipe.
+        model_parameters: one mapping per model.
+        granularity: over what summaries are taken: `tensor`, `layer` or `model`.
+        seed: of random methods.
+        out_dtype: element type of the result, such as `bfloat16`; default the base's (or first's).
+        masks: explicit keep masks per model for random methods (0 or 1, the tensors' shapes).
+        threads: worker threads; does not change the result.
+        allow_nonfinite: let NaN and Inf through instead of refusing them.
+
+    Returns:
+        The merged `{name: array}`, arrays of the kind of the inputs.
+
+    Raises:
+        RecipeError, CheckpointError: unknown method or parameter, values out of range, tensors that
+            do not match.
+
+    Example:
+        >>> import numpy as np, fusekit
+        >>> a, b = {"w": np.zeros(2, "f4")}, {"w": np.ones(2, "f4")}
+        >>> fusekit.merge_state_dicts([a, b], method="linear", parameters={"weight": 1.0})
+        {'w': array([0.5, 0.5], dtype=float32)}
+    """
+    if not models:
+        raise FusekitError("models: found an empty list, expected at least one state dict")
+    each = [{} for _ in models] if model_parameters is None else list(model_parameters)
+    if len(each) != len(models):
+        raise FusekitError(
+            f"model_parameters: found {len(each)} mappings, expected one for each of the "
+            f"{len(models)} models"
+        )
+    labels = ["base" if arrays is base else f"model {i}" for i, arrays in enumerate(models)]
+    content: dict[str, Any] = {
+        "merge_method": method,
+        "models": [
+            {"model": label, "parameters": dict(own)}
+            for label, own in zip(labels, each, strict=True)
+        ],
+        "parameters": dict(parameters or {}),
+        "granularity": granularity,
+        "seed": seed,
+    }
+    if base is not None:
+        content["base_model"] = "base"
+    if out_dtype is not None:
+        content["out_dtype"] = out_dtype
+    recipe: Recipe = load_recipe(content)
+    merging = find(recipe.merge_method)
+    operands = choose_operands(recipe, merging)
+    checkpoints = [Checkpoint("base", MemorySource(base, "base"))] if base is not None else []
+    checkpoints += [
+        Checkpoint(label, MemorySource(arrays, label))
+        for label, arrays in zip(labels, models, strict=True)
+        if arrays is not base
+    ]
+    plan = plan_checkpoints(
+        recipe, merging, operands, checkpoints, masks=_flat_masks(masks, models)
+    )
+    sink = _MemorySink(plan)
+    Executor(plan, sink, threads=threads, allow_nonfinite=allow_nonfinite).run()
+    if any(is_torch(arrays) for arrays in models):
+        return {name: to_torch(array) for name, array in sink.arrays.items()}
+    return dict(sink.arrays)
+
+
+def _flat_masks(
+    masks: Sequence[Mapping[str, Any] | None] | None, models: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any] | None]:
+    """Masks as flat float rows, checked against the tensors they belong to."""
+    if masks is None:
+        return []
+    if len(masks) != len(models):
+        raise FusekitError(
+            f"masks: found {len(masks)}, expected one (or None) for each of {len(models)} models"
+        )
+    flat: list[dict[str, Any] | None] = []
+    for i, (own, arrays) in enumerate(zip(masks, models, strict=True)):
+        if own is None:
+            flat.append(None)
+            continue
+        rows = {}
+        for name, mask in own.items():
+            values = np.asarray(mask)
+            shape = array_bytes(arrays[name])[1] if name in arrays else None
+            if shape != values.shape:
+                raise FusekitError(
+                    f"masks[{i}][{name!r}]: found shape {list(values.shape)}, expected "
+                    + (f"{list(shape)}" if shape is not None else "a tensor of that name")
+                )
+            if not np.isin(values, (0, 1)).all():
+                raise FusekitError(f"masks[{i}][{name!r}]: found values other than 0 and 1")
+            rows[name] = values.reshape(-1).astype(np.float32)
+        flat.append(rows)
+    return flat

@@ -1,0 +1,38 @@
+"""Errors a user can act on. Each message names the place, what was found and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class FusekitError(Exception):
+    """Any refusal that is the input's fault, not ours. The CLI prints it and exits with status 2."""
+
+
+class RecipeError(FusekitError):
+    """The recipe asks for something that cannot be done."""
+
+
+class CheckpointError(FusekitError):
+    """A file or tensor of a checkpoint is missing, malformed or does not fit the others."""
+
+
+class MissingExtraError(FusekitError):
+    """An optional dependency is needed; the message names the extra that brings it."""
+
+    def __init__(self, what: str, extra: str) -> None:
+        super().__init__(f"{what} needs the [{extra}] extra: pip install 'fusekit[{extra}]'")
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """` (did you mean 'x'?)` for the choice nearest to `word`, or the list of choices if none is.
+
+    >>> did_you_mean("densty", ["density", "weight"])
+    " (did you mean 'density'?)"
+    """
+    known = sorted(choices)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f" (did you mean {near[0]!r}?)"
+    return f" (known: {', '.join(known)})" if known else ""

@@ -1,0 +1,82 @@
+"""Exact order statistics by counting: floats become order-preserving integer keys, keys are counted.
+
+No sort and no copy of the values: a pass counts, per row, the keys above a bracket and, inside it, the
+keys per bin. When a bin is one key wide the count is exact, ties included.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@njit(nogil=True, cache=True)
+def magnitude_keys(bits: Array, below_sign: Any, keys: Array) -> None:
+    """Keys that order like |x|: the float's bits without the sign. `below_sign` has all other bits."""
+    for i in range(bits.size):
+        keys[i] = bits[i] & below_sign
+
+
+@njit(nogil=True, cache=True)
+def signed_keys(bits: Array, sign: Any, keys: Array) -> None:
+    """Keys that order like x: negative floats are inverted, others get the top bit `sign`."""
+    for i in range(bits.size):
+        keys[i] = ~bits[i] if bits[i] & sign else bits[i] | sign
+
+
+@njit(nogil=True, cache=True)
+def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> int:
+    """Add the keys in [low, high] to `bins` of 2^shift keys each; return how many lie above."""
+    above = 0
+    for i in range(keys.size):
+        key = keys[i]
+        if key >= low:
+            if key <= high:
+                bins[(key - low) >> shift] += 1
+            else:
+                above += 1
+    return above
+
+
+@njit(nogil=True, cache=True)
+def count_equal(row: Array, value: Any) -> int:
+    """How many entries of a row have magnitude `value` exactly."""
+    count = 0
+    for i in range(row.size):
+        count += abs(row[i]) == value
+    return count
+
+
+@njit(nogil=True, cache=True)
+def keep_at_least(row: Array, threshold: Any) -> None:
+    """Zero every entry smaller than `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = row[i] if abs(row[i]) >= threshold else zero
+
+
+@njit(nogil=True, cache=True)
+def keep_above(row: Array, threshold: Any) -> None:
+    """Zero every entry not greater than `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = row[i] if abs(row[i]) > threshold else zero
+
+
+@njit(nogil=True, cache=True)
+def keep_above_and_first(row: Array, threshold: Any, budget: int) -> None:
+    """As `keep_above`, but keep the first `budget` entries equal to the threshold as well."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        magnitude = abs(row[i])
+        if magnitude < threshold:
+            row[i] = zero
+        elif magnitude == threshold:
+            if budget > 0:
+                budget -= 1
+            else:
+                row[i] = zero

@@ -1,0 +1,287 @@
+"""What a merging method is: a name, parameters, and a rule that reads like its paper.
+
+A *block* method never sees files, threads or dtypes. Its rule is a generator over one tensor: it
+yields the summaries it needs to know (a Gram matrix, an order statistic) and returns how blocks are
+to be combined. The engine decides how the summaries are measured and over what (`granularity`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fusekit.checkpoint.layers import Layer
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, np.dtype[Any]]
+
+Granularity = Literal["tensor", "layer", "model"]
+Scope = Literal["tensor", "group", "model"]
+"""Over what a summary is taken: `group` follows the recipe's granularity."""
+
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
+"""Default of parameters that have none."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a method, as users write it.
+
+    A `per_model` parameter is looked up for every model; one that is not, once per tensor. `aliases`
+    maps other accepted spellings (such as true/false) to values.
+    """
+
+    name: str
+    kind: Literal["float", "int", "bool", "choice", "text"]
+    help: str
+    default: Any = REQUIRED
+    per_model: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    choices: tuple[str, ...] = ()
+    aliases: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def required(self) -> bool:
+        return self.default is REQUIRED
+
+    def check(self, value: Any) -> Any:
+        """The value in its proper type; ValueError says what was expected instead."""
+        for spelling, meaning in self.aliases.items():
+            if value is spelling or (isinstance(value, str) and value == spelling):
+                return meaning
+        if value is None and self.default is None:
+            return None
+        if self.kind == "bool":
+            if not isinstance(value, bool):
+                raise ValueError("true or false")
+            return value
+        if self.kind == "choice":
+            if value not in self.choices:
+                raise ValueError(" or ".join(map(repr, (*self.choices, *self.aliases))))
+            return value
+        if self.kind == "text":
+            if not isinstance(value, str):
+                raise ValueError("a text")
+            return value
+        return self._check_number(value)
+
+    def _check_number(self, value: Any) -> float | int:
+        expected = self.describe_range()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+            raise ValueError(expected)
+        if self.kind == "int":
+            if value != int(value):
+                raise ValueError(expected)
+            value = int(value)
+        else:
+            value = float(value)
+        if (
+            (self.minimum is not None and value < self.minimum)
+            or (self.maximum is not None and value > self.maximum)
+            or (self.above is not None and value <= self.above)
+        ):
+            raise ValueError(expected)
+        return value
+
+    def describe_range(self) -> str:
+        """The accepted values in words: `a number in [0, 1]`."""
+        if self.kind in {"bool", "choice", "text"}:
+            return {"bool": "true or false", "text": "text"}.get(
+                self.kind, " | ".join(map(str, (*self.aliases, *self.choices)))
+            )
+        noun = "an integer" if self.kind == "int" else "a number"
+        if self.above is None and self.minimum is None and self.maximum is None:
+            return noun
+        if self.above is not None:
+            low = f"({self.above:g}"
+        else:
+            low = "(-inf" if self.minimum is None else f"[{self.minimum:g}"
+        high = "inf)" if self.maximum is None else f"{self.maximum:g}]"
+        return f"{noun} in {low}, {high}"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What a rule knows of the tensor it is asked about.
+
+    `parameters` are the tensor's own values of the global parameters, `model_parameters` one mapping
+    per model. `group_size` counts the elements over which group summaries are taken. `keys` are the
+    models' 64-bit random keys for this tensor; `masks` explicit keep masks that replace them.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    size: int
+    group_size: int
+    layer: Layer | None
+    models: int
+    has_base: bool
+    parameters: Mapping[str, Any]
+    model_parameters: tuple[Mapping[str, Any], ...]
+    keys: tuple[int, ...] = ()
+    masks: tuple[Array | None, ...] = ()
+
+    def __getitem__(self, parameter: str) -> Any:
+        return self.parameters[parameter]
+
+    def each(self, parameter: str) -> list[Any]:
+        """A per-model parameter's values, in the order of the models."""
+        return [values[parameter] for values in self.model_parameters]
+
+
+@dataclass
+class Block:
+    """A run of elements of one tensor, decoded: what kernels work on.
+
+    `rows` is (models, m): the models, or their task vectors where the request asked for deltas.
+    `base` is (m,), or empty without a base. `start` is the position of the first element.
+    """
+
+    tensor: Tensor
+    rows: Array
+    base: Array
+    start: int
+    scratch: Callable[[str, tuple[int, ...], Any], Array]
+    """Reusable working memory by name, shape and dtype; contents are undefined."""
+
+
+class Request(ABC):
+    """What summaries and combines share: which rows they want and how blocks may be cut."""
+
+    deltas: ClassVar[bool] = False
+    """Whether rows are handed over as task vectors (model - base)."""
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """Blocks are cut at multiples of this many elements (1: anywhere)."""
+        return 1
+
+
+class Summary(Request):
+    """Something to be known before combining. Subclasses are frozen dataclasses."""
+
+    scope: Scope = "group"
+
+    def group_key(self) -> Hashable:
+        """Tensors that share a summary must ask for the same thing: equal keys."""
+        return self
+
+
+class Additive(Summary):
+    """A vector of numbers that adds up over elements, tensors, layers and machines."""
+
+    @abstractmethod
+    def width(self, tensor: Tensor) -> int:
+        """How many numbers."""
+
+    @abstractmethod
+    def measure(self, block: Block, out: Array) -> None:
+        """Write (grains, width) partial sums; a grain is 8192 elements, or one unit if larger than 1."""
+
+    def result(self, total: Array) -> Any:
+        """What the rule receives, made from the summed vector."""
+        return total
+
+
+class Cumulative(Additive):
+    """An additive summary of which each tensor receives the running sums *before* each grain.
+
+    The rule gets (grains, width), counted from the start of the group.
+    """
+
+
+@dataclass(frozen=True)
+class OrderValue:
+    """The k-th largest value of a row, and how many values are greater than and equal to it."""
+
+    value: float
+    greater: int
+    equal: int
+
+
+class OrderStatistics(Summary):
+    """Exact k-th largest values. The rule receives a tuple of `OrderValue` per row."""
+
+    absolute: ClassVar[bool] = True
+    """Order by magnitude (values without sign) or by value."""
+
+    @property
+    @abstractmethod
+    def ranks(self) -> tuple[tuple[int, ...], ...]:
+        """Per row of values, the ranks wanted: 1 is the largest, group_size the smallest."""
+
+    @abstractmethod
+    def values(self, block: Block) -> Array:
+        """(rows, m) values to be ordered; may be the block's own rows, changed in place."""
+
+
+class Sequential(Summary):
+    """A state that one worker updates from the first element to the last (column statistics)."""
+
+    scope: Scope = "tensor"
+
+    @abstractmethod
+    def begin(self, tensor: Tensor) -> Any:
+        """An empty state."""
+
+    @abstractmethod
+    def update(self, state: Any, block: Block) -> None:
+        """Take in the next block."""
+
+    def result(self, state: Any) -> Any:
+        return state
+
+
+class Combine(Request):
+    """How the rows of a block become the merged row."""
+
+    @abstractmethod
+    def apply(self, block: Block, out: Array) -> None:
+        """Write the merged elements; may destroy the block's rows."""
+
+
+@dataclass(frozen=True)
+class Copy(Combine):
+    """Take one model's tensor as it is, bit for bit where the dtype stays (-1: the base)."""
+
+    model: int
+
+    def apply(self, block: Block, out: Array) -> None:
+        out[:] = block.base if self.model < 0 else block.rows[self.model]
+
+
+Rule = Callable[[Tensor], Generator[Summary, Any, Combine]]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merging method as recipes, the CLI and the documentation know it.
+
+    `base` says what `base_model` is to the method: `origin` of task vectors, the `first` of the
+    models (SLERP's t = 0), or nothing at all (None). `base_required` refuses recipes without one.
+    """
+
+    name: str
+    title: str
+    summary: str
+    formula: str
+    references: tuple[str, ...]
+    parameters: tuple[Parameter, ...]
+    rule: Rule
+    base: Literal["origin", "first"] | None
+    base_required: bool = False
+    min_models: int = 1
+    max_models: int | None = None
+    model_scope: bool = False
+    """Whether rules ask for whole-model summaries whatever the granularity."""
+    passes: str = "one"
+    use_when: str = ""
+    caveats: str = ""
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((p for p in self.parameters if p.name == name), None)

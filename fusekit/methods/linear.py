@@ -1,0 +1,49 @@
+"""Weighted average of checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from fusekit.errors import RecipeError
+from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
+from fusekit.methods.combines import linear
+
+
+def _linear(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+    yield from ()
+    weights = tensor.each("weight")
+    if tensor["normalize"]:
+        total = sum(weights)
+        if total == 0:
+            raise RecipeError(
+                f"linear: the weights of tensor {tensor.name!r} sum to 0 and cannot be normalised; "
+                "set normalize: false or change a weight"
+            )
+        weights = [weight / total for weight in weights]
+    return linear(weights)
+
+
+METHODS = (
+    Method(
+        name="linear",
+        title="Linear merge",
+        summary="Weighted mean of the models, tensor by tensor.",
+        formula="y = sum_i w_i x_i / sum_i w_i",
+        references=(
+            "Wortsman et al., Model soups: averaging weights of multiple fine-tuned models improves "
+            "accuracy without increasing inference time, ICML 2022, arXiv 2203.05482",
+        ),
+        parameters=(
+            Parameter("weight", "float", "The model's weight; may be negative.", per_model=True),
+            Parameter("normalize", "bool", "Divide by the sum of the weights.", default=True),
+        ),
+        rule=_linear,
+        base=None,
+        use_when="Models fine-tuned from the same start on the same task, or as a baseline.",
+        caveats=(
+            "Models that do not share an initialisation are not linearly connected: "
+            "their average usually collapses."
+        ),
+    ),
+)

@@ -1,0 +1,93 @@
+"""Summaries that several methods share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fusekit import kernels
+from fusekit.methods.base import Additive, Block, Sequential, Tensor
+
+if TYPE_CHECKING:
+    from fusekit.methods.base import Array
+
+Matrix = list[list[float]]
+
+
+@dataclass(frozen=True)
+class Gram(Additive):
+    """Inner products of the models with each other: a symmetric matrix in float64."""
+
+    models: int
+
+    def width(self, tensor: Tensor) -> int:
+        return self.models * (self.models + 1) // 2
+
+    def measure(self, block: Block, out: Array) -> None:
+        kernels.gram.gram(block.rows, out)
+
+    def result(self, total: Array) -> Matrix:
+        return _symmetric(total.tolist(), self.models)
+
+
+class DeltaGram(Gram):
+    """Inner products of the task vectors."""
+
+    deltas: ClassVar[bool] = True
+
+
+def _symmetric(triangle: list[float], n: int) -> Matrix:
+    matrix = [[0.0] * n for _ in range(n)]
+    values = iter(triangle)
+    for i in range(n):
+        for j in range(i, n):
+            matrix[i][j] = matrix[j][i] = next(values)
+    return matrix
+
+
+@dataclass(frozen=True)
+class ColumnGram(Sequential):
+    """One Gram matrix per column: inner products along axis 0.
+
+    The rule receives (pairs, columns) with the pairs of the upper triangle, row by row; a column is
+    one combination of the trailing indices.
+    """
+
+    on_deltas: bool
+
+    @property
+    def deltas(self) -> bool:  # type: ignore[override]
+        return self.on_deltas
+
+    def begin(self, tensor: Tensor) -> Array:
+        import numpy as np
+
+        columns = math.prod(tensor.shape[1:])
+        return np.zeros((tensor.models * (tensor.models + 1) // 2, columns))
+
+    def update(self, state: Any, block: Block) -> None:
+        kernels.columns.add_column_gram(block.rows, block.start, state)
+
+
+@dataclass(frozen=True)
+class RowGram(Sequential):
+    """One Gram matrix per row: inner products along the last axis. The rule gets (pairs, rows)."""
+
+    on_deltas: bool
+
+    @property
+    def deltas(self) -> bool:  # type: ignore[override]
+        return self.on_deltas
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        return shape[-1]
+
+    def begin(self, tensor: Tensor) -> Array:
+        import numpy as np
+
+        rows = tensor.size // tensor.shape[-1]
+        return np.zeros((tensor.models * (tensor.models + 1) // 2, rows))
+
+    def update(self, state: Any, block: Block) -> None:
+        kernels.columns.add_row_gram(block.rows, block.start, block.tensor.shape[-1], state)

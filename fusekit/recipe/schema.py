@@ -1,0 +1,121 @@
+"""The recipe as users write it: a superset of mergekit's configuration language."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from fusekit.checkpoint.dtypes import DTYPES, dtype_named
+from fusekit.errors import FusekitError, RecipeError, did_you_mean
+
+_FLOATS = [dtype.torch_name for dtype in DTYPES.values() if dtype.is_float]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(_Strict):
+    """One model to merge and its own parameters."""
+
+    model: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+
+class Recipe(_Strict):
+    """What to merge and how.
+
+    >>> Recipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}]}).seed
+    0
+    """
+
+    merge_method: str
+    models: list[ModelEntry] = Field(min_length=1)
+    base_model: str | None = None
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    granularity: Literal["tensor", "layer", "model"] = "tensor"
+    seed: int = Field(default=0, ge=0, lt=2**64)
+    folder: Path | None = Field(default=None, exclude=True)
+
+    @field_validator("dtype", "out_dtype")
+    @classmethod
+    def _known_float(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        try:
+            dtype = dtype_named(value)
+        except FusekitError:
+            dtype = None
+        if dtype is None or not dtype.is_float:
+            raise ValueError(f"a floating-point type{did_you_mean(value, _FLOATS)}")
+        return dtype.torch_name
+
+
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
+    """A checked recipe from a YAML file, a mapping or a recipe.
+
+    Relative model paths in a file are also looked up from the file's folder.
+
+    Raises:
+        RecipeError: not YAML, unknown or misspelt keys, wrong types, values out of range.
+
+    >>> load_recipe({"merge_method": "linear", "models": [{"model": "a"}]}).models[0].model
+    'a'
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _validated(dict(source), "recipe")
+    path = Path(source)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise RecipeError(f"{path}: the recipe cannot be read: {reason}") from None
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f", line {where.line + 1}" if where else ""
+        reason = getattr(error, "problem", None) or "nested too deeply"
+        raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from None
+    if not isinstance(content, dict):
+        found = type(content).__name__
+        raise RecipeError(f"{path}: expected a mapping with merge_method and models, found {found}")
+    return _validated({**content, "folder": path.absolute().parent}, str(path))
+
+
+def _validated(content: dict[str, Any], label: str) -> Recipe:
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise RecipeError(f"{label}: {_first_problem(error)}") from None
+
+
+def _first_problem(error: ValidationError) -> str:
+    """The first validation problem as a sentence with its place in the recipe."""
+    problem = error.errors()[0]
+    place = _place(problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        model = ModelEntry if len(problem["loc"]) > 1 else Recipe
+        known = [name for name in model.model_fields if name != "folder"]
+        return f"unknown key {place!r}{did_you_mean(key, known)}"
+    if problem["type"] == "missing":
+        return f"{place} is missing"
+    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{place}: found {problem['input']!r}, expected {message}"
+
+
+def _place(location: tuple[int | str, ...]) -> str:
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
+    return text
