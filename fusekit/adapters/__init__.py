@@ -1,6 +1,7 @@
 """LoRA adapters: read, write, merge, extract, compress, share."""
 
 from fusekit.adapters.adapter import Adapter, LoraModule
+from fusekit.adapters.merge import MergeOptions, merge_adapters
 from fusekit.adapters.peft_format import adapter_from_tensors, load_adapter
 from fusekit.adapters.peft_writer import AdapterWriter, write_adapter
 
@@ -8,7 +9,9 @@ __all__ = [
     "Adapter",
     "AdapterWriter",
     "LoraModule",
+    "MergeOptions",
     "adapter_from_tensors",
     "load_adapter",
+    "merge_adapters",
     "write_adapter",
 ]

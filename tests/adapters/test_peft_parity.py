@@ -13,6 +13,7 @@ peft = pytest.importorskip("peft")
 from fusekit.adapters import load_adapter, write_adapter  # noqa: E402
 
 pytestmark = pytest.mark.torch
+torch.set_num_threads(1)
 
 
 class Net(torch.nn.Module):

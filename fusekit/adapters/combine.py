@@ -1,0 +1,118 @@
+"""Entry-wise combinations of tensors: sparsify, elect signs, sum; of factors or dense updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Sparsify = Literal["none", "magnitude", "random"]
+MajoritySign = Literal["total", "frequency"]
+MaskOf = Callable[[int, slice, int], Array]
+"""Position of a tensor, range of its rows, number of columns -> 0/1 mask of the entries kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Combination:
+    """How tensors of several sources become one, entry by entry.
+
+    `sparsify` each (`magnitude` keeps the largest, `random` keeps at random and divides by the
+    density), then a weighted sum; with `elect`, only entries that agree with the elected sign, over
+    the number of them.
+
+    References:
+        "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708.
+        "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free
+        Lunch" (DARE), arXiv 2311.03099.
+    """
+
+    sparsify: Sparsify = "none"
+    elect: bool = False
+
+
+COMBINATIONS = {
+    "linear": Combination(),
+    "magnitude_prune": Combination("magnitude"),
+    "ties": Combination("magnitude", elect=True),
+    "dare_linear": Combination("random"),
+    "dare_ties": Combination("random", elect=True),
+}
+
+
+def combine(
+    combination: Combination,
+    tensors: Sequence[Array],
+    weights: Sequence[float],
+    density: float,
+    majority: MajoritySign,
+    mask_of: MaskOf,
+) -> Array:
+    """One tensor from several of the same shape, in float32.
+
+    Args:
+        density: fraction of entries kept, of each tensor on its own.
+        majority: elect the sign of the sum of values (`total`) or of signs (`frequency`); the
+            weights do not vote.
+        mask_of: draws the masks of `random`.
+    """
+    if combination.sparsify == "magnitude":
+        tensors = [prune_magnitude(tensor, density) for tensor in tensors]
+    elif combination.sparsify == "random" and density < 1:
+        scale = np.float32(density)
+        tensors = [
+            tensor * mask_of(i, slice(0, tensor.shape[0]), tensor.shape[1]) / scale
+            for i, tensor in enumerate(tensors)
+        ]
+    return weighted_sum(tensors, weights, majority if combination.elect else None)
+
+
+def weighted_sum(
+    tensors: Sequence[Array], weights: Sequence[float], majority: MajoritySign | None
+) -> Array:
+    """`sum_i w_i T_i`; with a majority rule, the entries of the elected sign over their count."""
+    stacked = np.stack(tensors)
+    scaled = stacked * np.asarray(weights, np.float32).reshape(-1, *(1,) * tensors[0].ndim)
+    if majority is None:
+        return np.asarray(scaled.sum(axis=0))
+    signs = np.sign(stacked)
+    votes = (stacked if majority == "total" else signs).sum(axis=0)
+    agrees = signs == np.where(votes >= 0, np.float32(1), np.float32(-1))
+    return np.asarray((scaled * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)).astype(
+        np.float32
+    )
+
+
+def prune_magnitude(tensor: Array, density: float) -> Array:
+    """The `int(density * size)` entries of largest magnitude, the first of equals first; rest 0."""
+    if density >= 1:
+        return tensor
+    magnitudes = np.abs(tensor).reshape(-1)
+    kept = int(density * magnitudes.size)
+    threshold, spare = magnitude_threshold(magnitudes, kept)
+    mask = above(magnitudes, threshold, spare)[0]
+    return np.where(mask.reshape(tensor.shape), tensor, tensor.dtype.type(0))
+
+
+def magnitude_threshold(magnitudes: Array, kept: int) -> tuple[float, int]:
+    """The `kept`-th largest value and how many entries equal to it still belong to the kept.
+
+    Reorders `magnitudes` only in a copy.
+    """
+    if kept <= 0:
+        return float("inf"), 0
+    position = magnitudes.size - kept
+    threshold = np.partition(magnitudes, position)[position]
+    return float(threshold), kept - int(np.count_nonzero(magnitudes > threshold))
+
+
+def above(magnitudes: Array, threshold: float, spare: int) -> tuple[Array, int]:
+    """Mask of the entries over the threshold plus the first `spare` equal to it, and what is left
+    of `spare`, so that a tensor can be masked piece by piece."""
+    mask = magnitudes > threshold
+    equal = np.flatnonzero(magnitudes == threshold)[:spare]
+    mask.reshape(-1)[equal] = True
+    return mask, spare - len(equal)

@@ -1,0 +1,189 @@
+"""KnOTS: express several updates of a layer in one basis, then merge their coordinates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from fusekit.adapters.combine import MaskOf
+from fusekit.adapters.linalg import balanced, orthogonalize
+
+Array = npt.NDArray[Any]
+Layer = Mapping[int, Array]
+"""Coordinates (k, in) of one layer by source; sources without that layer are absent."""
+
+Rule = Literal["ties", "linear"]
+
+SINGULAR_CUTOFF = 1e-5
+"""Components of the joint decomposition with singular values at or below this are dropped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Aligned:
+    """`D_i = U @ coordinates(i)` for every source i.
+
+    Attributes:
+        U: (out, k), orthonormal columns.
+        S: (k,) singular values of the concatenation `[D_1 | ... | D_n]`.
+        mixing: per source (k, rank_i); the coordinates are `mixing_i @ A_i`.
+        A: per source (rank_i, in).
+    """
+
+    U: Array
+    S: Array
+    mixing: Sequence[Array]
+    A: Sequence[Array]
+
+    def coordinates(self, source: int) -> Array:
+        """`diag(S) @ V_i`, (k, in) in float32."""
+        return np.asarray(self.mixing[source] @ self.A[source], dtype=np.float32)
+
+
+def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
+    """The joint SVD of the concatenated updates `s_i B_i A_i`, from their factors alone.
+
+    `[D_1 | ... | D_n] = [B_1 .. B_n] blockdiag(s_i A_i)`: only the q x q core between the two
+    orthogonalised factors is decomposed, q being the sum of ranks.
+
+    References:
+        "Model merging with SVD to tie the Knots", arXiv 2410.19735.
+    """
+    pairs = [balanced(b.astype(np.float64) * s, a.astype(np.float64)) for a, b, s in parts]
+    B = np.concatenate([b for b, _ in pairs], axis=1)
+    A = [a for _, a in pairs]
+    left = orthogonalize(B.T @ B)
+    rights = [orthogonalize(a @ a.T) for a in A]
+    edges = np.cumsum([0, *(len(a) for a in A)])
+    core = np.concatenate(
+        [left.R[:, i:j] @ r.R.T for i, j, r in zip(edges[:-1], edges[1:], rights, strict=True)],
+        axis=1,
+    )
+    u, s, vt = np.linalg.svd(core, full_matrices=False)
+    keep = s > SINGULAR_CUTOFF
+    u, s, vt = u[:, keep], s[keep], vt[keep]
+    columns = np.cumsum([0, *(len(r.R) for r in rights)])
+    mixing = [
+        (s[:, None] * vt[:, i:j]) @ right.basis.T
+        for i, j, right in zip(columns[:-1], columns[1:], rights, strict=True)
+    ]
+    return Aligned(B @ (left.basis @ u), s, mixing, A)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What the rules need to know of all layers together.
+
+    Attributes:
+        thresholds: per source, the smallest magnitude kept.
+        majority: sign that entries whose sum is exactly zero take.
+    """
+
+    thresholds: Sequence[float]
+    majority: float
+
+
+def agree(
+    coordinates: Callable[[], Iterator[Layer]],
+    sources: int,
+    density: float,
+    needs_majority: bool,
+) -> Agreement:
+    """Exact global thresholds and the global majority sign, without keeping any coordinates.
+
+    The threshold of a source is the k-th smallest of its d magnitudes over all layers, k being
+    `d - int(d * density)`; it is found by two counting passes over the magnitudes' bits.
+
+    Args:
+        coordinates: starts a pass over the layers.
+        density: fraction kept; 1 keeps everything.
+    """
+    thresholds = [0.0] * sources
+    if density < 1:
+        thresholds = _global_thresholds(coordinates, sources, density)
+    total = 0.0
+    if needs_majority:
+        for layer in coordinates():
+            total += float(np.sign(_pruned_sum(layer, thresholds)).sum())
+    return Agreement(thresholds, float(np.sign(total)))
+
+
+def merge_coordinates(
+    layer: Layer,
+    weights: Sequence[float],
+    rule: Rule,
+    averaged: bool,
+    agreement: Agreement,
+) -> Array:
+    """One layer's merged coordinates (k, in).
+
+    `y_i = w_i x_i` on the entries kept (and, for `ties`, of the elected sign), zero elsewhere;
+    their sum, or with `averaged` the sum over the number of non-zero ones.
+    """
+    elected = _pruned_sum(layer, agreement.thresholds)
+    sign = np.where(elected == 0, np.float32(agreement.majority), np.sign(elected))
+    total: Array = np.zeros_like(elected)
+    count = np.zeros(elected.shape, dtype=np.int32)
+    for source, x in layer.items():
+        mask = np.abs(x) >= agreement.thresholds[source]
+        if rule == "ties":
+            mask &= np.sign(x) == sign
+        masked = x * mask * np.float32(weights[source])
+        total += masked
+        count += masked != 0
+    return total / np.maximum(count, 1).astype(np.float32) if averaged else total
+
+
+def dropped(layer: Layer, density: float, mask_of: MaskOf) -> Layer:
+    """DARE on coordinates: a random share `1 - density` set to zero, the rest over `density`.
+
+    `mask_of` is asked by the coordinates' place in the layer.
+    """
+    scale = np.float32(density)
+    return {
+        source: x * mask_of(place, slice(0, x.shape[0]), x.shape[1]) / scale
+        for place, (source, x) in enumerate(layer.items())
+    }
+
+
+def _pruned_sum(layer: Layer, thresholds: Sequence[float]) -> Array:
+    kept = [
+        np.where(np.abs(x) >= thresholds[source], x, np.float32(0)) for source, x in layer.items()
+    ]
+    return np.asarray(sum(kept[1:], start=kept[0]))
+
+
+def _global_thresholds(
+    coordinates: Callable[[], Iterator[Layer]], sources: int, density: float
+) -> list[float]:
+    """The bits of a non-negative float32 are ordered as its value: count the upper half of the bits
+    first, then the lower half within the one upper half that holds the threshold."""
+    upper = np.zeros((sources, 1 << 16), dtype=np.int64)
+    for layer in coordinates():
+        for source, x in layer.items():
+            bits = _magnitude_bits(x)
+            upper[source] += np.bincount(bits >> 16, minlength=1 << 16)
+    sizes = upper.sum(axis=1)
+    wanted = sizes - (sizes * density).astype(np.int64)
+    cumulative = upper.cumsum(axis=1)
+    high = [int(np.searchsorted(c, k)) for c, k in zip(cumulative, wanted, strict=True)]
+    lower = np.zeros((sources, 1 << 16), dtype=np.int64)
+    for layer in coordinates():
+        for source, x in layer.items():
+            bits = _magnitude_bits(x)
+            inside = bits[bits >> 16 == high[source]] & 0xFFFF
+            lower[source] += np.bincount(inside, minlength=1 << 16)
+    thresholds = []
+    for source in range(sources):
+        before = int(cumulative[source, high[source]] - upper[source, high[source]])
+        low = int(np.searchsorted(lower[source].cumsum(), wanted[source] - before))
+        bits = np.array((high[source] << 16) | low, dtype=np.uint32)
+        thresholds.append(float(bits.view(np.float32)))
+    return thresholds
+
+
+def _magnitude_bits(x: Array) -> npt.NDArray[np.uint32]:
+    return np.abs(x).reshape(-1).view(np.uint32)

@@ -1,0 +1,217 @@
+"""Singular value decompositions of products and of dense matrices, and ranks chosen from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fusekit.errors import FusekitError
+
+Array = npt.NDArray[Any]
+Double = npt.NDArray[np.float64]
+
+GRAM_CUTOFF = 1e-15
+"""Directions whose share of a Gram matrix's largest eigenvalue is below this are rounding noise."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThinSvd:
+    """`U @ diag(S) @ Vt`: U (out, k), S (k,) descending, Vt (k, in)."""
+
+    U: Array
+    S: Array
+    Vt: Array
+
+    def truncated(self, rank: int) -> ThinSvd:
+        """The leading `rank` triples: the best approximation of that rank (Eckart-Young)."""
+        return ThinSvd(self.U[:, :rank], self.S[:rank], self.Vt[:rank])
+
+    def factors(self, split: str = "balanced") -> tuple[Array, Array]:
+        """`(A, B)` with `B @ A` the product, float32.
+
+        `balanced` puts the square root of S on both sides, `left` all of S on B (PEFT), `right`
+        all of S on A. The largest entry of each row of A is made positive, so that the signs, which
+        a decomposition leaves open, do not depend on the LAPACK at hand.
+        """
+        largest = np.argmax(np.abs(self.Vt), axis=1)
+        signs = np.where(self.Vt[np.arange(len(largest)), largest] < 0, -1.0, 1.0)
+        on_a, on_b = {
+            "balanced": (np.sqrt(self.S), np.sqrt(self.S)),
+            "left": (np.ones_like(self.S), self.S),
+            "right": (self.S, np.ones_like(self.S)),
+        }[split]
+        A = (on_a * signs)[:, None] * self.Vt
+        B = self.U * (on_b * signs)
+        return A.astype(np.float32), B.astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Orthogonal:
+    """A tall matrix M as `Q @ R` with `Q = M @ basis`, orthonormal columns, Q never formed."""
+
+    basis: Double
+    R: Double
+
+
+def orthogonalize(gram: Double) -> Orthogonal:
+    """The orthogonal factorisation of a tall matrix from its Gram matrix `M.T @ M`.
+
+    Takes the place of a thin QR, at the cost of one matrix product: with the Gram matrix in float64
+    what is lost lies below 3e-8 of the largest singular value of M, under float32's resolution.
+    """
+    values, vectors = np.linalg.eigh(gram)
+    keep = values > max(float(values[-1]), 0.0) * GRAM_CUTOFF
+    roots = np.sqrt(values[keep])
+    return Orthogonal(vectors[:, keep] / roots, roots[:, None] * vectors[:, keep].T)
+
+
+def product_svd(B: Array, A: Array, rank: int | None = None) -> ThinSvd:
+    """Thin SVD of `B @ A` without forming it: O((out + in) q^2) for B (out, q), A (q, in).
+
+    With `B = Q_B R_B` and `A.T = Q_A R_A`, the SVD of the small core `R_B @ R_A.T` gives that of
+    the product. Columns of B are balanced against rows of A first, so that the result does not
+    depend on how a rank-1 piece's size is shared between them.
+
+    Args:
+        rank: keep at most this many triples.
+    """
+    B, A = balanced(B.astype(np.float64), A.astype(np.float64))
+    left, right = orthogonalize(B.T @ B), orthogonalize(A @ A.T)
+    u, s, vt = np.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    u, s, vt = u[:, :rank], s[:rank], vt[:rank]
+    return ThinSvd(B @ (left.basis @ u), s, (vt @ right.basis.T) @ A)
+
+
+def product_singular_values(B: Array, A: Array) -> Double:
+    """Singular values of `B @ A`, descending, without forming it."""
+    B, A = balanced(B.astype(np.float64), A.astype(np.float64))
+    left, right = orthogonalize(B.T @ B), orthogonalize(A @ A.T)
+    return np.asarray(np.linalg.svd(left.R @ right.R.T, compute_uv=False), np.float64)
+
+
+def balanced(B: Array, A: Array) -> tuple[Array, Array]:
+    """The same product with every column of B as long as its row of A."""
+    norm_b, norm_a = np.linalg.norm(B, axis=0), np.linalg.norm(A, axis=1)
+    used = (norm_b > 0) & (norm_a > 0)
+    ratio = np.sqrt(np.divide(norm_a, norm_b, out=np.ones_like(norm_b), where=used))
+    return B * ratio, A / ratio[:, None]
+
+
+def exact_svd(matrix: Array, rank: int | None = None) -> ThinSvd:
+    """Thin SVD of a dense matrix in its own precision, cut to `rank`."""
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    return ThinSvd(u[:, :rank], s[:rank], vt[:rank])
+
+
+def randomized_svd(
+    matrix: Array,
+    rank: int,
+    *,
+    oversample: int = 8,
+    iterations: int = 2,
+    seed: int = 0,
+    omega: Array | None = None,
+) -> ThinSvd:
+    """Leading `rank` singular triples by subspace iteration from a Gaussian test matrix.
+
+    `Q = orth(D Omega)`, then `iterations` times `Q = orth(D orth(D.T Q))`, then the SVD of `Q.T D`.
+    The wider side is always the one projected away.
+
+    Args:
+        matrix: (out, in), float32 or float64.
+        oversample: extra columns of the test matrix beyond `rank`.
+        seed: of the test matrix; same seed, same result.
+        omega: the test matrix itself (min(out, in), columns), instead of a drawn one.
+
+    References:
+        "Finding structure with randomness: Probabilistic algorithms for constructing approximate
+        matrix decompositions", arXiv 0909.4061.
+    """
+    if matrix.shape[0] < matrix.shape[1]:
+        flipped = randomized_svd(
+            matrix.T, rank, oversample=oversample, iterations=iterations, seed=seed, omega=omega
+        )
+        return ThinSvd(flipped.Vt.T, flipped.S, flipped.U.T)
+    if omega is None:
+        columns = min(rank + oversample, matrix.shape[1])
+        generator = np.random.Generator(np.random.Philox(seed))
+        omega = generator.standard_normal((matrix.shape[1], columns))
+    basis = _orthonormal(matrix @ omega.astype(matrix.dtype))
+    for _ in range(iterations):
+        basis = _orthonormal(matrix @ _orthonormal(matrix.T @ basis))
+    u, s, vt = np.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return ThinSvd(basis @ u[:, :rank], s[:rank], vt[:rank])
+
+
+def _orthonormal(matrix: Array) -> Array:
+    """An orthonormal basis of the columns' span; a second pass removes the first one's rounding."""
+    basis = matrix
+    for _ in range(2):
+        wide = basis.astype(np.float64)
+        basis = (wide @ orthogonalize(wide.T @ wide).basis).astype(matrix.dtype)
+    return basis
+
+
+def energy_rank(singular_values: Array, energy: float) -> int:
+    """Smallest R with `sum of the first R squared singular values >= energy * sum of all`."""
+    squares = np.cumsum(np.square(singular_values, dtype=np.float64))
+    if not len(squares) or squares[-1] == 0:
+        return 0
+    return int(np.searchsorted(squares, energy * squares[-1])) + 1
+
+
+def allocate_ranks(
+    singular_values: Mapping[str, Array], costs: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """Ranks that spend one budget over all modules where it removes most squared error.
+
+    Each module's next triple is worth `S_j^2` and costs its `out + in` numbers; triples are taken
+    in the order of worth per cost while they fit.
+
+    Args:
+        singular_values: descending, by module.
+        costs: numbers stored per rank, by module.
+        budget: numbers to store in all.
+
+    Raises:
+        FusekitError: the budget does not hold a single triple.
+    """
+    offers: list[tuple[float, str, int]] = []
+    for name, values in singular_values.items():
+        cost = costs[name]
+        offers += [(float(value) ** 2 / cost, name, cost) for value in values if value > 0]
+    offers.sort(key=lambda offer: -offer[0])
+    ranks = dict.fromkeys(singular_values, 0)
+    left = budget
+    for _, name, cost in offers:
+        if cost > left:
+            continue
+        ranks[name] += 1
+        left -= cost
+    if offers and not any(ranks.values()):
+        cheapest = min(cost for _, _, cost in offers)
+        raise FusekitError(
+            f"a budget of {budget} parameters holds no rank at all; one rank of the smallest "
+            f"module takes {cheapest}"
+        )
+    return ranks
+
+
+def pad_rank(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
+    """The same product with zero ranks appended up to `rank`."""
+    missing = rank - A.shape[0]
+    return np.pad(A, ((0, missing), (0, 0))), np.pad(B, ((0, 0), (0, missing)))
+
+
+def stack_factors(parts: Sequence[tuple[Array, Array, float]]) -> tuple[Array, Array]:
+    """`(A, B)` with `B @ A = sum_i c_i B_i A_i` from parts `(A_i, B_i, c_i)`; ranks add up.
+
+    The coefficient goes on A, as in PEFT's `cat`.
+    """
+    A = np.concatenate([a * np.float32(c) for a, _, c in parts], axis=0)
+    B = np.concatenate([b for _, b, _ in parts], axis=1)
+    return A, B

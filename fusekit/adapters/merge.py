@@ -1,0 +1,625 @@
+"""Merging LoRA adapters into one adapter, module by module, without the base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fusekit.adapters.adapter import Adapter, Array, LoraModule
+from fusekit.adapters.combine import (
+    COMBINATIONS,
+    Combination,
+    MajoritySign,
+    MaskOf,
+    above,
+    combine,
+    magnitude_threshold,
+    weighted_sum,
+)
+from fusekit.adapters.knots import Agreement, Layer, agree, align, dropped, merge_coordinates
+from fusekit.adapters.lego import LegoOptions, merge_pieces
+from fusekit.adapters.linalg import (
+    ThinSvd,
+    allocate_ranks,
+    exact_svd,
+    pad_rank,
+    product_singular_values,
+    product_svd,
+    randomized_svd,
+    stack_factors,
+)
+from fusekit.adapters.peft_format import read_array
+from fusekit.checkpoint.source import TensorSource
+from fusekit.errors import CheckpointError, FusekitError, did_you_mean
+
+METHODS = (
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+    "lora_lego",
+    "knots_linear",
+    "knots_ties",
+    "knots_dare_ties",
+)
+AVERAGING = (
+    "ties",
+    "ties_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "lora_lego",
+    "knots_ties",
+    "knots_dare_ties",
+)
+"""Methods that divide by the number of agreeing sources themselves: default weight 1, not 1/n."""
+
+BLOCK_BYTES = 32 << 20
+"""Dense updates are combined in blocks of rows of about this size, over all sources together."""
+
+DENSE_EXACT_SIDE = 512
+"""Dense results whose shorter side is at most this get an exact SVD under `svd="auto"`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What a merge is asked for beyond its method and weights.
+
+    Attributes:
+        rank: rank of the result. Defaults: svd types the largest source rank, LoRA-LEGO the mean
+            source rank, all others what the method gives.
+        parameter_budget: factor entries to spend over all modules instead of one rank, shared out
+            by singular values.
+        density: fraction of entries kept, for methods that drop entries.
+        majority_sign_method: TIES elects by sum of values (`total`) or of signs (`frequency`).
+        convention: `peft` reproduces PEFT's `add_weighted_adapter`. `fusekit` differs where that
+            surprises: linear types divide by the root of the total weight, so that merging copies
+            of one adapter with weights that sum to 1 gives that adapter; ranks that differ are
+            padded with zeros; singular values are shared evenly between the factors.
+        svd: decomposition of dense results: exact, randomized, or by size.
+        replacements: full-rank tensors that several sources hold and that differ: refuse (`error`),
+            take the `first`, or `average` by weight.
+        seed: of random masks, test matrices and clusters.
+        lego: options of LoRA-LEGO.
+    """
+
+    rank: int | None = None
+    parameter_budget: int | None = None
+    density: float | None = None
+    majority_sign_method: MajoritySign = "total"
+    convention: Literal["fusekit", "peft"] = "fusekit"
+    svd: Literal["auto", "exact", "randomized"] = "auto"
+    replacements: Literal["error", "first", "average"] = "error"
+    seed: int = 0
+    lego: LegoOptions = dataclasses.field(default_factory=LegoOptions)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Part:
+    """One source's share in one module: `coefficient * B @ A`, or a dense update (DoRA)."""
+
+    source: int
+    weight: float
+    module: LoraModule
+    A: Array
+    B: Array
+    dense: Array | None
+
+    @property
+    def coefficient(self) -> float:
+        return self.weight * self.module.scaling
+
+
+Combine = Callable[[str, Sequence[_Part]], tuple[Array, Array]]
+"""A module's name and its sources -> factors (A, B) of the merged update."""
+
+
+def merge_adapters(
+    adapters: Sequence[Adapter],
+    method: str = "svd",
+    weights: Sequence[float] | None = None,
+    options: MergeOptions | None = None,
+    base: TensorSource | None = None,
+) -> Adapter:
+    """One adapter from several: each module merged on its own, when it is read.
+
+    Every method works from the factors with each source's true scaling (rsLoRA and alpha patterns
+    included), and the result has scaling 1. Modules that only some sources have are merged from
+    those; biases of modules are added with their scalings.
+
+    Args:
+        adapters: at least one. Ranks and target modules may differ.
+        method: one of `METHODS`.
+        weights: one per adapter, any sign. Default 1/n, or 1 for methods that average already.
+        options: see `MergeOptions`.
+        base: the base model, needed only for DoRA sources, whose update depends on its weights.
+
+    Returns:
+        An adapter whose modules are computed at access, so that writing it never holds it whole.
+
+    Raises:
+        FusekitError: unknown method, missing or impossible options, weights that do not fit.
+        CheckpointError: adapters that disagree on a module's shape; DoRA without a base.
+
+    References:
+        "TIES-Merging" arXiv 2306.01708, "DARE" arXiv 2311.03099, "LoRA-LEGO" arXiv 2409.16167,
+        "Model merging with SVD to tie the Knots" arXiv 2410.19735.
+    """
+    options = options or MergeOptions()
+    weights = _checked_weights(adapters, method, weights, options)
+    pool = _Pool(adapters, weights, base)
+    config = _shared_config(adapters)
+    replacements = _merged_replacements(adapters, weights, options)
+    label = f"{method} of {len(adapters)} adapters"
+    untouched = options.rank is None and options.parameter_budget is None
+    if len(adapters) == 1 and weights[0] == 1 and untouched and not method.startswith("lora_lego"):
+        return dataclasses.replace(adapters[0], label=label)
+    modules = _MergedModules(pool, _combiner(pool, method, options), options)
+    return Adapter(label, modules, replacements, config)
+
+
+def _checked_weights(
+    adapters: Sequence[Adapter],
+    method: str,
+    weights: Sequence[float] | None,
+    options: MergeOptions,
+) -> list[float]:
+    if method not in METHODS:
+        raise FusekitError(
+            f"unknown adapter merge method {method!r}{did_you_mean(method, METHODS)}"
+        )
+    if not adapters:
+        raise FusekitError("no adapters to merge")
+    if weights is None:
+        weights = [1.0 if method in AVERAGING else 1.0 / len(adapters)] * len(adapters)
+    if len(weights) != len(adapters):
+        raise FusekitError(f"{len(weights)} weights for {len(adapters)} adapters")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise FusekitError(f"weights must be finite, found {list(weights)}")
+    needs_density = method.startswith(("ties", "dare", "magnitude_prune", "knots_dare"))
+    if needs_density and options.density is None:
+        raise FusekitError(f"method {method!r} needs a density, the fraction of entries kept")
+    if options.density is not None and not 0 <= options.density <= 1:
+        raise FusekitError(f"density is {options.density}, expected 0 to 1")
+    if "dare" in method and options.density == 0:
+        raise FusekitError("density is 0: DARE divides by it, expected more than 0")
+    if options.rank is not None and options.rank < 1:
+        raise FusekitError(f"rank is {options.rank}, expected 1 or more")
+    if options.rank is not None and options.parameter_budget is not None:
+        raise FusekitError("rank and parameter_budget exclude each other")
+    return list(weights)
+
+
+class _Pool:
+    """The adapters to merge, module by module, checked against each other."""
+
+    def __init__(
+        self, adapters: Sequence[Adapter], weights: Sequence[float], base: TensorSource | None
+    ) -> None:
+        self.adapters = adapters
+        self.weights = weights
+        self._base = base
+        self.names = list(dict.fromkeys(name for a in adapters for name in a.modules))
+
+    def parts(self, name: str) -> list[_Part]:
+        """Every source's share in a module, per expert flattened into one pseudo-module each."""
+        found: list[_Part] = []
+        for index, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
+            if name not in adapter.modules:
+                continue
+            module = adapter.modules[name]
+            if found:
+                self._check_agreement(adapter, module, found[0])
+            found.append(
+                _Part(
+                    source=index,
+                    weight=weight,
+                    module=module,
+                    A=module.A.astype(np.float32),
+                    B=module.B.astype(np.float32),
+                    dense=self._dense(module),
+                )
+            )
+        return found
+
+    def _check_agreement(self, adapter: Adapter, module: LoraModule, first: _Part) -> None:
+        other = first.module
+        same = (
+            module.kind == other.kind
+            and module.A.shape[1] == other.A.shape[1]
+            and module.B.shape[0] == other.B.shape[0]
+            and module.kernel == other.kernel
+            and module.experts == other.experts
+        )
+        if not same:
+            raise CheckpointError(
+                f"adapter module {module.name!r} is {module.kind} of shape "
+                f"{list(module.weight_shape)} in {adapter.label}, but {other.kind} of shape "
+                f"{list(other.weight_shape)} in {self.adapters[first.source].label}"
+            )
+
+    def _dense(self, module: LoraModule) -> Array | None:
+        """The update (out, in) of a DoRA module, which is not of low rank."""
+        if module.magnitude is None:
+            return None
+        if self._base is None:
+            raise CheckpointError(
+                f"adapter module {module.name!r} uses DoRA: its update depends on the base's "
+                "weights, so merging needs the base model"
+            )
+        if module.name not in self._base.tensors:
+            raise CheckpointError(f"{self._base.label}: no tensor {module.name!r}")
+        weight = read_array(self._base, module.name)
+        update = module.apply(weight) - weight.astype(np.float32)
+        return update.T if module.transposed else update.reshape(update.shape[0], -1)
+
+
+class _MergedModules(Mapping[str, LoraModule]):
+    """Modules merged at access."""
+
+    def __init__(self, pool: _Pool, combine_parts: Combine, options: MergeOptions) -> None:
+        self._pool = pool
+        self._combine = combine_parts
+        self._split = "left" if options.convention == "peft" else "balanced"
+        self._rank = options.rank
+        self._ranks: Mapping[str, int] | None = None
+        if options.parameter_budget is not None:
+            self._ranks = self._allocated(options.parameter_budget)
+
+    def __getitem__(self, name: str) -> LoraModule:
+        parts = self._pool.parts(name)
+        if not parts:
+            raise KeyError(name)
+        rank = self._rank if self._ranks is None else self._ranks[name]
+        factors = []
+        for expert in _by_expert(parts):
+            A, B = self._combine(name, expert)
+            if rank is not None and rank < A.shape[0]:
+                A, B = product_svd(B, A, rank).factors(self._split)
+            factors.append((A, B))
+        width = max(1, *(A.shape[0] for A, _ in factors))
+        A, B = _joined([pad_rank(A, B, width) for A, B in factors])
+        first = parts[0].module
+        dtype = _common_dtype([array for p in parts for array in (p.module.A, p.module.B)])
+        biases = [
+            np.float32(part.coefficient) * part.module.bias.astype(np.float32)
+            for part in parts
+            if part.module.bias is not None
+        ]
+        return dataclasses.replace(
+            first,
+            A=A.astype(dtype),
+            B=B.astype(dtype),
+            alpha=float(width),
+            rslora=False,
+            magnitude=None,
+            bias=np.sum(biases, axis=0).astype(dtype) if biases else None,
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._pool.names
+
+    def __iter__(self) -> Iterator[str]:
+        if self._ranks is None:
+            return iter(self._pool.names)
+        return (name for name in self._pool.names if self._ranks[name] > 0)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def _allocated(self, budget: int) -> dict[str, int]:
+        values, costs = {}, {}
+        for name in self._pool.names:
+            experts = _by_expert(self._pool.parts(name))
+            spectra = []
+            for parts in experts:
+                A, B = self._combine(name, parts)
+                spectra.append(product_singular_values(B, A))
+                costs[name] = len(experts) * (A.shape[1] + B.shape[0])
+            length = max(len(spectrum) for spectrum in spectra)
+            padded = [np.pad(spectrum, (0, length - len(spectrum))) for spectrum in spectra]
+            values[name] = np.linalg.norm(padded, axis=0)
+        return allocate_ranks(values, costs, budget)
+
+
+def _by_expert(parts: Sequence[_Part]) -> list[list[_Part]]:
+    """The parts split into one list per expert of a raw parameter; a plain module has one."""
+    experts = parts[0].module.experts if parts else 1
+    if experts == 1:
+        return [list(parts)]
+    return [
+        [
+            dataclasses.replace(
+                part,
+                A=part.A.reshape(experts, part.module.rank, -1)[expert],
+                B=part.B.reshape(part.B.shape[0], part.module.rank, experts)[:, :, expert],
+            )
+            for part in parts
+        ]
+        for expert in range(experts)
+    ]
+
+
+def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
+    """Factors per expert in a raw parameter's layout: experts run slowest in A, fastest in B."""
+    if len(factors) == 1:
+        return factors[0]
+    A = np.concatenate([a for a, _ in factors], axis=0)
+    B = np.stack([b for _, b in factors], axis=2)
+    return A, B.reshape(B.shape[0], -1)
+
+
+def _common_dtype(arrays: Sequence[Array]) -> np.dtype[Any]:
+    """The sources' element type, or float32 where they differ."""
+    kinds = {array.dtype for array in arrays}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
+
+
+def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
+    if method == "cat":
+        return lambda name, parts: stack_factors(_low_rank(name, parts))
+    if method == "lora_lego":
+        return lambda name, parts: _lego(name, parts, options)
+    if method.startswith("knots"):
+        return _Knots(pool, method, options)
+    dense = method.endswith("svd")
+    combination = COMBINATIONS.get(method.removesuffix("_svd"), Combination())
+    if len(pool.adapters) == 1:
+        combination = Combination()
+        dense = dense and options.convention == "fusekit"
+    if dense:
+        return lambda name, parts: _delta_space(name, parts, combination, options)
+    return lambda name, parts: _factor_space(name, parts, combination, options)
+
+
+def _low_rank(name: str, parts: Sequence[_Part]) -> list[tuple[Array, Array, float]]:
+    """The parts as `(A, B, coefficient)`; refuses updates that are not of low rank."""
+    for part in parts:
+        if part.dense is not None:
+            raise CheckpointError(
+                f"adapter module {name!r} uses DoRA: its update is not a product of two small "
+                "factors; merge it with svd or one of the _svd methods"
+            )
+    return [(part.A, part.B, part.coefficient) for part in parts]
+
+
+def _factor_space(
+    name: str, parts: Sequence[_Part], combination: Combination, options: MergeOptions
+) -> tuple[Array, Array]:
+    """The A's combined with each other and the B's with each other.
+
+    Cheap and approximate: the product holds cross terms `B_i A_j`.
+    """
+    triples = _low_rank(name, parts)
+    ranks = [A.shape[0] for A, _, _ in triples]
+    if len(set(ranks)) > 1 and options.convention == "peft":
+        raise FusekitError(
+            f"adapter module {name!r} has ranks {ranks}: combining factors needs equal ranks; "
+            "use cat or svd"
+        )
+    padded = [pad_rank(A, B, max(ranks)) for A, B, _ in triples]
+    sizes = [abs(coefficient) for _, _, coefficient in triples]
+    total = 1.0
+    if options.convention == "fusekit" and not combination.elect:
+        # c / sqrt(total) and |c| / sqrt(total) multiply out to c for one adapter or equal ones.
+        total = sum(sizes) or 1.0
+        on_a = [coefficient / math.sqrt(total) for _, _, coefficient in triples]
+        on_b = [size / math.sqrt(total) for size in sizes]
+    else:
+        on_a = [math.copysign(math.sqrt(s), c) for s, (_, _, c) in zip(sizes, triples, strict=True)]
+        on_b = [math.sqrt(size) for size in sizes]
+    density = 1.0 if options.density is None else options.density
+    rule = options.majority_sign_method
+    A = combine(
+        combination, [a for a, _ in padded], on_a, density, rule, _masks(name, "A", parts, options)
+    )
+    B = combine(
+        combination, [b for _, b in padded], on_b, density, rule, _masks(name, "B", parts, options)
+    )
+    return A, B
+
+
+def _delta_space(
+    name: str, parts: Sequence[_Part], combination: Combination, options: MergeOptions
+) -> tuple[Array, Array]:
+    """The updates themselves combined, and the result cut to its best low rank.
+
+    A plain sum of products is decomposed from its factors; what is entry-wise needs one dense
+    matrix of this module at a time.
+    """
+    split = "left" if options.convention == "peft" else "balanced"
+    rank = options.rank or max(part.A.shape[0] for part in parts)
+    plain = combination == Combination()
+    if plain and all(part.dense is None for part in parts):
+        A, B = stack_factors(_low_rank(name, parts))
+        return product_svd(B, A, rank).factors(split)
+    delta = _combined_delta(name, parts, combination, options)
+    return _dense_svd(delta, rank, options).factors(split)
+
+
+def _dense_svd(delta: Array, rank: int, options: MergeOptions) -> ThinSvd:
+    side = min(delta.shape)
+    exact = options.svd == "exact" or (
+        options.svd == "auto"
+        and (options.convention == "peft" or side <= DENSE_EXACT_SIDE or 2 * rank >= side)
+    )
+    if exact:
+        return exact_svd(delta, rank)
+    return randomized_svd(delta, rank, seed=options.seed)
+
+
+def _combined_delta(
+    name: str, parts: Sequence[_Part], combination: Combination, options: MergeOptions
+) -> Array:
+    """The dense combination of updates (out, in), built from blocks of rows."""
+    rows, columns = parts[0].B.shape[0], parts[0].A.shape[1]
+    step = max(1, BLOCK_BYTES // (4 * columns * len(parts)))
+    blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    density = 1.0 if options.density is None else options.density
+    weights = [part.weight for part in parts]
+    majority = options.majority_sign_method if combination.elect else None
+    mask_of = _masks(name, "delta", parts, options)
+    prune = combination.sparsify == "magnitude" and density < 1
+    limits = [_delta_threshold(part, blocks, density) if prune else (0.0, 0) for part in parts]
+    delta = np.empty((rows, columns), dtype=np.float32)
+    for block in blocks:
+        updates = [_delta_rows(part, block) for part in parts]
+        if prune:
+            for i, update in enumerate(updates):
+                mask, spare = above(np.abs(update), *limits[i])
+                limits[i] = (limits[i][0], spare)
+                update *= mask
+        elif combination.sparsify == "random" and density < 1:
+            for i, update in enumerate(updates):
+                update *= mask_of(i, block, columns) / np.float32(density)
+        delta[block] = weighted_sum(updates, weights, majority)
+    return delta
+
+
+def _delta_threshold(part: _Part, blocks: Sequence[slice], density: float) -> tuple[float, int]:
+    """Magnitude threshold of one dense update, from the very blocks it will be combined in."""
+    magnitudes = np.concatenate([np.abs(_delta_rows(part, b)).reshape(-1) for b in blocks])
+    return magnitude_threshold(magnitudes, int(density * magnitudes.size))
+
+
+def _delta_rows(part: _Part, rows: slice) -> Array:
+    if part.dense is not None:
+        return part.dense[rows].astype(np.float32)
+    return (part.B[rows] @ part.A) * np.float32(part.module.scaling)
+
+
+def _lego(name: str, parts: Sequence[_Part], options: MergeOptions) -> tuple[Array, Array]:
+    triples = _low_rank(name, parts)
+    pieces = sum(A.shape[0] for A, _, _ in triples)
+    rank = options.rank or max(1, round(pieces / len(triples)))
+    seed = _key(options.seed, name, "pieces")
+    result = merge_pieces(triples, rank, options.lego, seed)
+    return result.A, result.B
+
+
+class _Knots:
+    """KnOTS over all modules: global thresholds first, then one module at a time."""
+
+    def __init__(self, pool: _Pool, method: str, options: MergeOptions) -> None:
+        self._pool = pool
+        self._options = options
+        self._rule: Literal["ties", "linear"] = "linear" if method == "knots_linear" else "ties"
+        self._drop = method == "knots_dare_ties"
+        density = 1.0 if options.density is None or self._drop else options.density
+        self._agreement: Agreement = agree(
+            self._all_coordinates, len(pool.adapters), density, self._rule == "ties"
+        )
+
+    def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
+        basis, layer = self._aligned(name, parts)
+        weights = self._pool.weights
+        merged = merge_coordinates(
+            layer, weights, self._rule, self._rule == "ties", self._agreement
+        )
+        return merged, basis.astype(np.float32)
+
+    def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Layer]:
+        _low_rank(name, parts)
+        aligned = align([(part.A, part.B, part.module.scaling) for part in parts])
+        layer: Layer = {part.source: aligned.coordinates(i) for i, part in enumerate(parts)}
+        if self._drop and self._options.density is not None:
+            draw = _masks(name, "coordinates", parts, self._options)
+            layer = dropped(layer, self._options.density, draw)
+        return aligned.U, layer
+
+    def _all_coordinates(self) -> Iterator[Layer]:
+        for name in self._pool.names:
+            for parts in _by_expert(self._pool.parts(name)):
+                yield self._aligned(name, parts)[1]
+
+
+def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) -> MaskOf:
+    """Bernoulli(density) masks that depend on seed, source, module and factor alone.
+
+    Rows must be asked for in order.
+    """
+    density = 1.0 if options.density is None else options.density
+    generators = [
+        np.random.Generator(np.random.Philox(_key(options.seed, part.source, name, what)))
+        for part in parts
+    ]
+
+    def draw(position: int, rows: slice, columns: int) -> Array:
+        shape = (rows.stop - rows.start, columns)
+        return (generators[position].random(shape) < density).astype(np.float32)
+
+    return draw
+
+
+def _key(*parts: int | str) -> int:
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _shared_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
+    """What the merged adapter says of its base: fields on which the sources agree, and all their
+    `modules_to_save`."""
+    config: dict[str, Any] = {}
+    for field in ("base_model_name_or_path", "revision", "task_type", "bias"):
+        values = {repr(a.config[field]): a.config[field] for a in adapters if field in a.config}
+        if len(values) == 1:
+            config[field] = next(iter(values.values()))
+        elif field == "bias" and values:
+            config[field] = "all"
+    saved = [m for adapter in adapters for m in adapter.config.get("modules_to_save") or ()]
+    config["modules_to_save"] = list(dict.fromkeys(saved))
+    return config
+
+
+def _merged_replacements(
+    adapters: Sequence[Adapter], weights: Sequence[float], options: MergeOptions
+) -> Mapping[str, Array]:
+    merged: dict[str, Array] = {}
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.replacements):
+        holders = [i for i, adapter in enumerate(adapters) if name in adapter.replacements]
+        tensors = [adapters[i].replacements[name] for i in holders]
+        alike = all(_same(tensors[0], tensor) for tensor in tensors[1:])
+        if alike or options.replacements == "first":
+            merged[name] = tensors[0]
+        elif options.replacements == "error":
+            raise CheckpointError(
+                f"tensor {name!r} is saved whole, and differently, in "
+                f"{adapters[holders[0]].label} and {adapters[holders[1]].label}: low-rank merging "
+                "does not apply to it; choose replacements='first' or 'average'"
+            )
+        else:
+            merged[name] = _average(name, tensors, [weights[i] for i in holders])
+    return merged
+
+
+def _same(first: Array, other: Array) -> bool:
+    return first.dtype == other.dtype and np.array_equal(first, other)
+
+
+def _average(name: str, tensors: Sequence[Array], weights: Sequence[float]) -> Array:
+    shapes = [list(tensor.shape) for tensor in tensors]
+    if any(shape != shapes[0] for shape in shapes):
+        raise CheckpointError(f"tensor {name!r} is saved whole in shapes {shapes}: cannot average")
+    total = sum(weights)
+    if total == 0:
+        raise FusekitError(f"tensor {name!r}: the weights of its holders sum to 0: cannot average")
+    mean = sum(
+        (
+            np.float32(w / total) * t.astype(np.float32)
+            for w, t in zip(weights, tensors, strict=True)
+        ),
+        start=np.zeros(tensors[0].shape, np.float32),
+    )
+    return np.asarray(mean).astype(_common_dtype(tensors))
