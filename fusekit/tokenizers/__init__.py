@@ -1,0 +1,1 @@
+"""Vocabularies: union and alignment before a merge, and transplantation of a tokenizer."""
