@@ -76,7 +76,8 @@ def omp(targets: Array, X: Array, k: int = 64) -> SparseCode:
         match[used[active]] = -1.0
         best = match.argmax(axis=1)
         atom = X[best].astype(np.float64)
-        direction, along = _orthogonalised(atom, basis[active, :step])
+        along = np.einsum("bsh,bh->bs", basis[active, :step], atom)
+        direction = atom - np.einsum("bs,bsh->bh", along, basis[active, :step])
         length = np.linalg.norm(direction, axis=1)
         fresh = length > _DEPENDENT * np.linalg.norm(atom, axis=1)
         active, best, direction, along, length = (
@@ -288,17 +289,6 @@ def _working(array: Array) -> Array:
 def _unit(rows: Array) -> Array:
     norms = np.linalg.norm(rows, axis=1, keepdims=True)
     return np.asarray(rows / np.where(norms == 0, 1.0, norms).astype(rows.dtype))
-
-
-def _orthogonalised(atom: Array, basis: Array) -> tuple[Array, Array]:
-    """Rows minus their part in an orthonormal basis, and their coordinates in it.
-
-    Done twice: once leaves an error as large as the rounding of the part removed.
-    """
-    along = np.einsum("bsh,bh->bs", basis, atom)
-    rest = atom - np.einsum("bs,bsh->bh", along, basis)
-    again = np.einsum("bsh,bh->bs", basis, rest)
-    return rest - np.einsum("bs,bsh->bh", again, basis), along + again
 
 
 def _barycentric(x: Array, near: Array) -> Array:

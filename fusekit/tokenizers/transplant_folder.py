@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
+from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.source import TensorInfo, TensorSource
+from fusekit.checkpoint.writer import CheckpointWriter, check_target
 from fusekit.errors import CheckpointError
 from fusekit.tokenizers import matching
 from fusekit.tokenizers.approximate import Array, poorly_trained
@@ -35,7 +34,6 @@ from fusekit.tokenizers.vocabulary import (
 )
 
 _COPY_BYTES = 8 * 1024 * 1024
-_SHARD_BYTES = 5_000_000_000
 _DONOR_IDS = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"})
 
 
@@ -63,12 +61,12 @@ def transplant_tokens(
     out_dir: Path,
     options: TransplantOptions | None = None,
     *,
-    shard_bytes: int = _SHARD_BYTES,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
 ) -> TransplantReport:
     """Write a copy of a model that uses the donor's tokenizer.
 
-    All tensors but embeddings and heads are streamed over unchanged. The folder is written under a
-    temporary name beside `out_dir` and renamed when every byte is on disk.
+    All tensors but embeddings and heads are streamed over unchanged. The folder is written as
+    `<out_dir>.partial` and renamed when every byte is on disk.
 
     Args:
         model_dir: the model whose weights are kept.
@@ -78,19 +76,16 @@ def transplant_tokens(
         shard_bytes: largest size of an output file (a larger tensor gets one of its own).
 
     Raises:
-        CheckpointError: a missing tokenizer, embedding or config, or `out_dir` exists.
-        FusekitError: the vocabularies share no token and the method needs some.
+        CheckpointError: a missing tokenizer, embedding or config.
+        FusekitError: `out_dir` holds something already or cannot be created, or the vocabularies
+            share no token and the method needs some.
     """
     options = options or TransplantOptions()
-    if out_dir.exists():
-        raise CheckpointError(f"{out_dir}: exists already, expected the name of a new folder")
+    check_target(out_dir, overwrite=False)
     with _opened(model_dir) as model, _opened(donor_dir) as donor:
         replaced, report = _replaced_tensors(model, donor, options)
         source = _ReplacedSource(model.source, MemorySource(replaced))
-        with _folder_in_the_making(out_dir) as partial:
-            _write_tensors(source, partial, shard_bytes)
-            for name, content in _companions(model, donor, report.rows).items():
-                _write_synced(partial / name, content)
+        _write(source, _companions(model, donor, report.rows), out_dir, shard_bytes)
     return report
 
 
@@ -300,81 +295,29 @@ class _ReplacedSource(TensorSource):
         self._owner[name].read_into(name, start, stop, out)
 
 
-def _write_tensors(source: TensorSource, folder: Path, shard_bytes: int) -> None:
-    """All tensors as `model.safetensors`, or as numbered shards with an index."""
-    shards: list[list[TensorInfo]] = [[]]
-    filled = 0
-    for info in source.tensors.values():
-        if shards[-1] and filled + info.nbytes > shard_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(info)
-        filled += info.nbytes
-    if len(shards) == 1:
-        _write_shard(source, folder / "model.safetensors", shards[0])
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_shard(source, folder / name, shard)
-        weight_map |= {info.name: name for info in shard}
-    total = sum(info.nbytes for info in source.tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_synced(folder / "model.safetensors.index.json", _json_bytes(index))
-
-
-def _write_shard(source: TensorSource, path: Path, tensors: list[TensorInfo]) -> None:
-    # Readers view the data in place: wide types first keeps every tensor aligned.
-    ordered = sorted(tensors, key=lambda info: -info.dtype.itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for info in ordered:
-        header[info.name] = {
-            "dtype": info.dtype.name,
-            "shape": list(info.shape),
-            "data_offsets": [position, position + info.nbytes],
-        }
-        position += info.nbytes
-    raw = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    buffer = bytearray(_COPY_BYTES)
-    with path.open("wb") as file:
-        file.write(len(raw).to_bytes(8, "little") + raw)
-        for info in ordered:
-            step = _COPY_BYTES // info.dtype.itemsize
+def _write(
+    source: TensorSource, files: Mapping[str, bytes], target: Path, shard_bytes: int
+) -> None:
+    """All tensors and files as a new folder that appears when it is complete."""
+    layout = lay_out(source.tensors.values(), shard_bytes)
+    writer = CheckpointWriter(target, layout)
+    try:
+        buffer = memoryview(bytearray(_COPY_BYTES))
+        for info in source.tensors.values():
+            width = info.dtype.itemsize
+            step = _COPY_BYTES // width
             for start in range(0, info.size, step):
                 stop = min(info.size, start + step)
-                view = memoryview(buffer)[: (stop - start) * info.dtype.itemsize]
+                view = buffer[: (stop - start) * width]
                 source.read_into(info.name, start, stop, view)
-                file.write(view)
-        _sync(file)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        _sync(file)
-
-
-def _sync(file: BufferedWriter) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-@contextlib.contextmanager
-def _folder_in_the_making(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that becomes it at the end, or vanishes on an error."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
-    partial.mkdir()
-    try:
-        yield partial
-        partial.rename(target)
+                writer.write(info.name, start * width, view)
+        index = layout.index_json()
+        if index is not None:
+            writer.add_file("model.safetensors.index.json", index.encode())
+        for name, content in files.items():
+            writer.add_file(name, content)
+        writer.publish()
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        writer.close()
+        shutil.rmtree(writer.folder, ignore_errors=True)
         raise
-    parent = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)

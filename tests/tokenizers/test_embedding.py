@@ -4,6 +4,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -70,9 +71,6 @@ def _random(shape, dtype=np.float32, seed=0):
 
 
 def test_reproduces_the_union_example_after_task_arithmetic():
-    pytest.importorskip("yaml")
-    import yaml
-
     case = E2E / "p1_tokenizer_union_public"
     recipe = yaml.safe_load((case / "config.yml").read_text())
     references = [recipe["models"][0]["model"], recipe["base_model"]]

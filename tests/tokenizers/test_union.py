@@ -351,6 +351,18 @@ def test_added_tokens_decoder_follows_the_union(tmp_path):
     assert written["added_tokens_decoder"]["2"]["content"] == "<t>"
 
 
+def test_a_named_token_is_taken_over_as_its_model_defines_it(tmp_path):
+    first = _folder(tmp_path / "a", bpe_document(["a"]))
+    second = _folder(tmp_path / "b", bpe_document(["a", "b", "<t>"], special=["<t>"]))
+    entries = [VocabularyInput("A", first, 1), VocabularyInput("B", second, 3)]
+    spec = TokenizerSpec("base", {"<t>": TokenOverride()})
+    merged = merge_vocabularies(entries, spec, "A")
+    assert merged.ids == {"a": 0, "<t>": 1}
+    (entry,) = json.loads(merged.files["tokenizer.json"])["added_tokens"]
+    assert entry == AddedToken("<t>", 1, special=True).to_json()
+
+
+@pytest.mark.torch
 def test_a_slow_tokenizers_union_loads_in_transformers(tmp_path):
     transformers = pytest.importorskip("transformers")
     folder = tmp_path / "a"
