@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fusekit import methods
     from fusekit.engine.manifest import Verification, verify
     from fusekit.engine.plan import Plan
+    from fusekit.engine.planner import plan
     from fusekit.engine.run import MergeReport, merge, merge_state_dicts
     from fusekit.errors import CheckpointError, FusekitError, RecipeError
-    from fusekit.engine.planner import plan
     from fusekit.recipe.schema import Recipe, load_recipe
 
 _HOMES = {
@@ -34,7 +34,21 @@ _HOMES = {
     "verify": "fusekit.engine.manifest",
 }
 
-__all__ = [*_HOMES, "methods"]  # noqa: PLE0604
+__all__ = [
+    "CheckpointError",
+    "FusekitError",
+    "MergeReport",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "Verification",
+    "load_recipe",
+    "merge",
+    "merge_state_dicts",
+    "methods",
+    "plan",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:

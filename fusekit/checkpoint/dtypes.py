@@ -35,7 +35,8 @@ class DType:
             "F8_E4M3": ml_dtypes.float8_e4m3fn,
             "F8_E5M2": ml_dtypes.float8_e5m2,
         }
-        return np.dtype(extension.get(self.name, self.torch_name))
+        numpy_type: np.dtype[Any] = np.dtype(extension.get(self.name, self.torch_name))
+        return numpy_type
 
 
 _ALL = (

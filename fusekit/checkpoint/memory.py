@@ -14,7 +14,7 @@ from fusekit.errors import CheckpointError, FusekitError
 
 
 class MemorySource(TensorSource):
-    """A state dict: `{name: array}` with NumPy arrays or torch tensors. Contiguous ones are not copied."""
+    """A state dict of NumPy arrays or torch tensors. Contiguous ones are not copied."""
 
     def __init__(self, arrays: Mapping[str, Any], label: str = "memory") -> None:
         self.label = label
@@ -46,13 +46,13 @@ def array_bytes(array: Any) -> tuple[DType, tuple[int, ...], memoryview]:
     if isinstance(array, (np.ndarray, np.generic)):
         flat = np.ascontiguousarray(array)
         dtype = dtype_of(flat.dtype)
-        return dtype, np.shape(array), memoryview(flat.reshape(-1).view(np.uint8))
+        return dtype, np.shape(array), flat.reshape(-1).view(np.uint8).data
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         dtype = dtype_named(str(array.dtype))
         flat_tensor = array.detach().cpu().contiguous().reshape(-1)
         raw = flat_tensor.view(torch.uint8).numpy()
-        return dtype, tuple(array.shape), memoryview(raw)
+        return dtype, tuple(array.shape), raw.data
     raise FusekitError(f"expected a NumPy array or a torch tensor, found {type(array).__name__}")
 
 

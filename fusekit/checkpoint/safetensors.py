@@ -254,6 +254,7 @@ def open_sharded(index: Path) -> ShardedSource:
     if absent:
         source.close()
         raise CheckpointError(
-            f"{index}: tensor {absent[0]!r} is not in {weight_map[absent[0]]!r}, where the index puts it"
+            f"{index}: tensor {absent[0]!r} is not in {weight_map[absent[0]]!r}, "
+            "where the index puts it"
         )
     return source

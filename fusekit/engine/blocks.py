@@ -39,12 +39,13 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
             buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
-        return buffer[:nbytes].view(wanted).reshape(shape)
+        view: Array = buffer[:nbytes].view(wanted).reshape(shape)
+        return view
 
     def read(self, source: TensorSource, name: str, start: int, stop: int, out: Array) -> None:
         """Elements of a source into `out`; errors of the file system name file and tensor."""
         try:
-            source.read_into(name, start, stop, memoryview(out))
+            source.read_into(name, start, stop, out.data)
         except OSError as error:
             raise CheckpointError(
                 f"{source.where(name)}: tensor {name!r} cannot be read: {error.strerror or error}"

@@ -48,7 +48,7 @@ class RunningDigest:
         at = 0
         while at < data.nbytes:
             part = data[at : at + limit - self._filled]
-            self._state.update(part)
+            self._state.update(part.data)
             self._filled += part.nbytes
             at += part.nbytes
             if self._filled == limit:

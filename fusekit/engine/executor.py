@@ -1,7 +1,7 @@
 """Runs a plan on threads: scans for summaries, then combined blocks at their places.
 
-Workers take units of work from a queue; the last unit of a scan lets the tensor's rule go on. What is
-written depends on the plan alone, never on the number of threads, the block size or the order in
+Workers take units of work from a queue; the last unit of a scan lets the tensor's rule go on. What
+is written depends on the plan alone, never on the number of threads, the block size or the order in
 which units finish.
 """
 
@@ -401,9 +401,7 @@ class Executor:
             encoded, beyond = space.encode(out, planned.dtype)
             overflows += beyond
             digest.update(encoded, planned.dtype.itemsize)
-            self._sink.write(
-                planned.name, block.start * planned.dtype.itemsize, memoryview(encoded)
-            )
+            self._sink.write(planned.name, block.start * planned.dtype.itemsize, encoded.data)
         digest.close()
         self._count_nonfinite(job, reader, None)
         self._written(job, (stop - start) * planned.dtype.itemsize, overflows)
@@ -423,7 +421,7 @@ class Executor:
                 if index != combine.model:
                     self._check_equal(planned, combine.model, index, raw, fetch(index, begin, end))
             digest.update(raw, width)
-            self._sink.write(planned.name, begin * width, memoryview(raw))
+            self._sink.write(planned.name, begin * width, raw.data)
         digest.close()
         job.scanned = True
         self._written(job, (stop - start) * width, 0)
@@ -501,3 +499,15 @@ def available_cpus() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def memory_estimate(plan: Plan, threads: int) -> int:
+    """Bytes of block buffers a run holds at most; counters of order statistics come on top."""
+    per_worker = 0
+    for planned in plan.tensors:
+        operands = len(planned.operand_indices())
+        block = min(planned.size, BLOCK_ELEMENTS)
+        held = min(planned.input_bytes, RESIDENT_BYTES)
+        decoded = block * (operands + 2) * np.dtype(planned.compute).itemsize
+        per_worker = max(per_worker, decoded + block * operands * 4 + held)
+    return threads * per_worker

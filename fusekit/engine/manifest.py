@@ -79,9 +79,7 @@ def verify(out: Path) -> Verification:
             f"expected {FORMAT!r} with {ALGORITHM!r}"
         )
     source = open_checkpoint(str(out)).source
-    problems = [
-        f"{name}: not in the manifest" for name in source.tensors if name not in entries
-    ]
+    problems = [f"{name}: not in the manifest" for name in source.tensors if name not in entries]
     nbytes = 0
     for name, entry in entries.items():
         problem = _problem(source, name, entry)
@@ -100,7 +98,10 @@ def _problem(source: TensorSource, name: str, entry: Mapping[str, Any]) -> str |
     found = {"dtype": info.dtype.name, "shape": list(info.shape)}
     expected = {key: entry.get(key) for key in found}
     if found != expected:
-        return f"is {found['dtype']} {found['shape']}, expected {expected['dtype']} {expected['shape']}"
+        return (
+            f"is {found['dtype']} {found['shape']}, "
+            f"expected {expected['dtype']} {expected['shape']}"
+        )
     if tensor_checksum(source, name) != entry.get("checksum"):
         return "the bytes differ from those that were written"
     return None
@@ -114,7 +115,7 @@ def tensor_checksum(source: TensorSource, name: str) -> str:
     for start in range(0, info.size, CHUNK_ELEMENTS):
         stop = min(start + CHUNK_ELEMENTS, info.size)
         part = buffer[: (stop - start) * info.dtype.itemsize]
-        source.read_into(name, start, stop, memoryview(part))
+        source.read_into(name, start, stop, part.data)
         digest = digests.from_chunk(start)
         digest.update(part, info.dtype.itemsize)
         digest.close()

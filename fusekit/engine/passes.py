@@ -1,9 +1,9 @@
 """How summaries are measured: scans over blocks whose results do not depend on how work is split.
 
-An accumulator belongs to the tensors that share a summary: one tensor, a layer, or the model. It says
-which spans to scan, takes their blocks in any order from any thread, and after each scan either asks
-for another one or is finished. Floating-point sums are kept per grain and added in order; everything
-else is counted in integers.
+An accumulator belongs to the tensors that share a summary: one tensor, a layer, or the model. It
+says which spans to scan, takes their blocks in any order from any thread, and after each scan
+either asks for another one or is finished. Floating-point sums are kept per grain and added in
+order; everything else is counted in integers.
 """
 
 from __future__ import annotations

@@ -49,8 +49,7 @@ def plan_recipe(recipe: Recipe, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
     )
     opened: list[Checkpoint] = []
     try:
-        for reference in references:
-            opened.append(open_checkpoint(reference, recipe.folder))
+        opened.extend(open_checkpoint(reference, recipe.folder) for reference in references)
         return plan_checkpoints(recipe, method, operands, opened, shard_bytes)
     except BaseException:
         for checkpoint in opened:
@@ -59,7 +58,7 @@ def plan_recipe(recipe: Recipe, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
 
 
 def choose_operands(recipe: Recipe, method: Method) -> Operands:
-    """Sort the recipe's models into the method's operands; refuse numbers and bases it cannot take."""
+    """The method's operands among the recipe's models; refuses what the method cannot take."""
     listed = [(entry, f"models[{i}]") for i, entry in enumerate(recipe.models)]
     base = recipe.base_model
     if base is not None and method.base is None:

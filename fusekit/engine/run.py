@@ -101,9 +101,7 @@ def merge(
         resumed = len(journal.checksums)
         try:
             with _noticing_compilation(on_compile):
-                execution = _execute(
-                    plan, writer, journal, threads, allow_nonfinite, on_progress
-                )
+                execution = _execute(plan, writer, journal, threads, allow_nonfinite, on_progress)
             _check_inputs_unchanged(plan, writer.folder)
             _finish(plan, writer, journal)
         finally:
@@ -146,9 +144,7 @@ def _execute(
     on_progress: Callable[[Progress], None] | None,
 ) -> Execution:
     begun = synced = time.monotonic()
-    already = sum(
-        p.size * p.dtype.itemsize for p in plan.tensors if p.name in journal.checksums
-    )
+    already = sum(p.size * p.dtype.itemsize for p in plan.tensors if p.name in journal.checksums)
     total = sum(p.size * p.dtype.itemsize for p in plan.tensors)
 
     def progress(written: int) -> None:
@@ -220,7 +216,7 @@ def _noticing_compilation(callback: Callable[[], None] | None) -> Iterator[None]
     """Call back once if a kernel is compiled rather than loaded from the cache."""
     from numba.core import event
 
-    class Listener(event.Listener):  # type: ignore[misc]
+    class Listener(event.Listener):
         told = False
 
         def on_start(self, _event: Any) -> None:
@@ -232,11 +228,11 @@ def _noticing_compilation(callback: Callable[[], None] | None) -> Iterator[None]
             """Nothing to do: only the beginning is announced."""
 
     listener = Listener()
-    event.register("numba:compile", listener)
+    event.register("numba:compile", listener)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        event.unregister("numba:compile", listener)
+        event.unregister("numba:compile", listener)  # type: ignore[no-untyped-call]
 
 
 class _MemorySink:
@@ -247,8 +243,7 @@ class _MemorySink:
             planned.name: np.empty(planned.shape, planned.dtype.numpy) for planned in plan.tensors
         }
         self._bytes = {
-            name: memoryview(array.reshape(-1).view(np.uint8))
-            for name, array in self.arrays.items()
+            name: array.reshape(-1).view(np.uint8).data for name, array in self.arrays.items()
         }
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -275,7 +270,8 @@ def merge_state_dicts(
     """Merge state dicts in memory, with the kernels and the result of the file path.
 
     Args:
-        models: one `{name: array}` per model; NumPy arrays (ml_dtypes allowed) or torch tensors, all
+        models: one `{name: array}` per model; NumPy arrays (ml_dtypes allowed) or torch tensors,
+        all
             with the same names and shapes.
         method: a name from `fusekit.methods.available()`.
         base: the common ancestor (task-vector methods), or the first of the models (SLERP).

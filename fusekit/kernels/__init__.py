@@ -1,7 +1,7 @@
 """Numba kernels on rows of float32 or float64: no files, no threads, nothing else of fusekit.
 
-Every kernel is single-threaded, releases the GIL and is cached on disk. Sums that feed decisions are
-taken per granule with a fixed association, so that results do not depend on block size, thread
+Every kernel is single-threaded, releases the GIL and is cached on disk. Sums that feed decisions
+are taken per granule with a fixed association, so that results do not depend on block size, thread
 count or vector width. Submodules load on first use: importing this package does not import Numba.
 """
 

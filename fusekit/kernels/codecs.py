@@ -1,10 +1,10 @@
 """Bytes of every floating-point type <-> float32 rows: round to nearest even, specials kept.
 
-bfloat16 and float16 overflow to infinity, as in torch. The fp8 types saturate: a finite value beyond
-the largest finite one becomes that one (E4M3 448, E5M2 57344). Infinity stays infinity in E5M2 and
-becomes NaN in E4M3, which has none. NaN stays NaN everywhere; NaN payloads are not kept.
-Encoders return how many finite values left the type's finite range, decoders how many values are not
-finite.
+bfloat16 and float16 overflow to infinity, as in torch. The fp8 types saturate: a finite value
+beyond the largest finite one becomes that one (E4M3 448, E5M2 57344). Infinity stays infinity in
+E5M2 and becomes NaN in E4M3, which has none. NaN stays NaN everywhere; NaN payloads are not kept.
+Encoders return how many finite values left the type's finite range, decoders how many values are
+not finite.
 """
 
 from __future__ import annotations

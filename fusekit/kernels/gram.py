@@ -1,7 +1,7 @@
 """Inner products of rows in float64, one partial sum per granule.
 
-Products of float32 entries are exact in float64. Within a granule, 256 lanes accumulate side by side
-and are then added in order: the same association on every machine.
+Products of float32 entries are exact in float64. Within a granule, 256 lanes accumulate side by
+side and are then added in order: the same association on every machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Exact order statistics by counting: floats become order-preserving integer keys, keys are counted.
+"""Exact order statistics by counting: floats become order-preserving integer keys, keys are
+counted.
 
-No sort and no copy of the values: a pass counts, per row, the keys above a bracket and, inside it, the
-keys per bin. When a bin is one key wide the count is exact, ties included.
+No sort and no copy of the values: a pass counts, per row, the keys above a bracket and, inside it,
+the keys per bin. When a bin is one key wide the count is exact, ties included.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @njit(nogil=True, cache=True)
 def magnitude_keys(bits: Array, below_sign: Any, keys: Array) -> None:
-    """Keys that order like |x|: the float's bits without the sign. `below_sign` has all other bits."""
+    """Keys that order like |x|: the bits without the sign; `below_sign` masks them."""
     for i in range(bits.size):
         keys[i] = bits[i] & below_sign
 

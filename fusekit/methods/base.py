@@ -31,8 +31,8 @@ REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
 class Parameter:
     """One parameter of a method, as users write it.
 
-    A `per_model` parameter is looked up for every model; one that is not, once per tensor. `aliases`
-    maps other accepted spellings (such as true/false) to values.
+    A `per_model` parameter is looked up for every model; one that is not, once per tensor.
+    `aliases` maps other accepted spellings (such as true/false) to values.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Parameter:
             return value
         return self._check_number(value)
 
-    def _check_number(self, value: Any) -> float | int:
+    def _check_number(self, value: Any) -> Any:
         expected = self.describe_range()
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
             raise ValueError(expected)
@@ -110,9 +110,10 @@ class Parameter:
 class Tensor:
     """What a rule knows of the tensor it is asked about.
 
-    `parameters` are the tensor's own values of the global parameters, `model_parameters` one mapping
-    per model. `group_size` counts the elements over which group summaries are taken. `keys` are the
-    models' 64-bit random keys for this tensor; `masks` explicit keep masks that replace them.
+    `parameters` are the tensor's own values of the global parameters, `model_parameters` one
+    mapping per model. `group_size` counts the elements over which group summaries are taken. `keys`
+    are the models' 64-bit random keys for this tensor; `masks` explicit keep masks that replace
+    them.
     """
 
     name: str
@@ -181,7 +182,7 @@ class Additive(Summary):
 
     @abstractmethod
     def measure(self, block: Block, out: Array) -> None:
-        """Write (grains, width) partial sums; a grain is 8192 elements, or one unit if larger than 1."""
+        """Write (grains, width) partial sums: a grain is 8192 elements, or one unit if not 1."""
 
     def result(self, total: Array) -> Any:
         """What the rule receives, made from the summed vector."""

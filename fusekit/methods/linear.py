@@ -31,8 +31,8 @@ METHODS = (
         summary="Weighted mean of the models, tensor by tensor.",
         formula="y = sum_i w_i x_i / sum_i w_i",
         references=(
-            "Wortsman et al., Model soups: averaging weights of multiple fine-tuned models improves "
-            "accuracy without increasing inference time, ICML 2022, arXiv 2203.05482",
+            "Wortsman et al., Model soups: averaging weights of multiple fine-tuned models "
+            "improves accuracy without increasing inference time, ICML 2022, arXiv 2203.05482",
         ),
         parameters=(
             Parameter("weight", "float", "The model's weight; may be negative.", per_model=True),

@@ -22,8 +22,8 @@ METHODS = (
         summary="Copies the tensors of one source per slice, bit for bit unless scaled.",
         formula="y = scale x",
         references=(
-            "Kim et al., SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective Depth "
-            "Up-Scaling, 2023, arXiv 2312.15166",
+            "Kim et al., SOLAR 10.7B: Scaling Large Language Models with Simple yet Effective "
+            "Depth Up-Scaling, 2023, arXiv 2312.15166",
         ),
         parameters=(
             Parameter(

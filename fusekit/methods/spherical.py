@@ -34,8 +34,8 @@ def _slerp(tensor: Tensor) -> Steps:
 def slerp_weights(gram: Matrix, t: float) -> list[float]:
     """Coefficients of two vectors with this Gram matrix on the arc from the first to the second.
 
-    Straight interpolation where the vectors are nearly parallel or nearly opposite. The coefficients
-    apply to the vectors as they are, not to unit vectors.
+    Straight interpolation where the vectors are nearly parallel or nearly opposite. The
+    coefficients apply to the vectors as they are, not to unit vectors.
     """
     norms = [math.sqrt(gram[i][i]) for i in range(2)]
     scales = [norm if norm > _NORM_FLOOR else 1.0 for norm in norms]
@@ -65,7 +65,7 @@ def _nuslerp(tensor: Tensor) -> Steps:
 def _nuslerp_weights_by_vector(grams: Array, t: float, has_base: bool) -> Array:
     import numpy as np
 
-    pairs = [nuslerp_weights(*gram, t) for gram in grams.T.tolist()]
+    pairs = [nuslerp_weights(aa, ab, bb, t) for aa, ab, bb in grams.T.tolist()]
     weights = np.zeros((3, len(pairs)))
     weights[:2] = np.array(pairs).T
     if has_base:

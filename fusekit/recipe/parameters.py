@@ -57,7 +57,8 @@ def read_level(raw: Mapping[str, Any], method: Method, place: str) -> dict[str, 
         place: where in the recipe it stands, for messages (`models[1].parameters`).
 
     Raises:
-        RecipeError: an unknown parameter (naming the nearest one), a wrong type, a value out of range.
+        RecipeError: an unknown parameter (naming the nearest one), a wrong type, a value out of
+        range.
     """
     level = {}
     for name, value in raw.items():
@@ -65,7 +66,8 @@ def read_level(raw: Mapping[str, Any], method: Method, place: str) -> dict[str, 
         if parameter is None:
             known = [parameter.name for parameter in method.parameters]
             raise RecipeError(
-                f"{place}.{name}: {method.name} has no parameter {name!r}{did_you_mean(name, known)}"
+                f"{place}.{name}: {method.name} has no parameter {name!r}"
+                f"{did_you_mean(name, known)}"
             )
         level[name] = _read_setting(value, parameter, f"{place}.{name}")
     return level

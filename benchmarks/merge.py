@@ -1,0 +1,224 @@
+"""Merge benchmarks: every method through the CLI in a fresh process, against copying the bytes.
+
+    python -m benchmarks.merge --parameters 0.5e9 --models 3 --threads 2 --out bench-out
+
+For every method the inputs it reads are first copied through a buffer (read all, write one output),
+then merged; both costs are CPU seconds of user and system time. Start-up (interpreter, imports,
+loading cached kernels) is measured by the same command on a tiny checkpoint and reported apart.
+Writes `results.json` and `results.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.checkpoints import write_family, write_sparse_family
+
+COPY_BUFFER = 1 << 18
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "linear": {"parameters": {"weight": 1.0}},
+    "slerp": {"parameters": {"t": 0.4}},
+    "nuslerp": {"parameters": {"weight": 1.0}},
+    "multislerp": {"parameters": {"weight": 1.0}},
+    "karcher": {},
+    "task_arithmetic": {"parameters": {"lambda": 0.4}},
+    "ties": {"parameters": {"density": 0.2}},
+    "ties@model": {"parameters": {"density": 0.2}, "granularity": "model"},
+    "dare_linear": {"parameters": {"density": 0.5}},
+    "dare_ties": {"parameters": {"density": 0.5}},
+    "passthrough": {},
+}
+"""Recipe settings per benchmark; `method@label` runs a method under other settings."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one process used: seconds and bytes."""
+
+    wall: float
+    cpu: float
+    peak_rss: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    models: int
+    merge: Cost
+    start_up: Cost
+    copy: Cost
+
+    @property
+    def cpu(self) -> float:
+        """CPU seconds of the merge without start-up."""
+        return max(self.merge.cpu - self.start_up.cpu, 0.0)
+
+    @property
+    def ratio(self) -> float:
+        return self.cpu / self.copy.cpu
+
+
+def run_measured(command: list[str]) -> Cost:
+    """Run a command to its end and read its usage from the kernel."""
+    begun = time.monotonic()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"failed with status {process.returncode}: {' '.join(command)}")
+    return Cost(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+
+
+def copy_cost(inputs: list[Path], out: Path) -> Cost:
+    """Read all inputs through one buffer and write one output of the size of one of them."""
+    begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
+    buffer = memoryview(bytearray(COPY_BUFFER))
+    out.unlink(missing_ok=True)
+    fds = [os.open(path, os.O_RDONLY) for path in inputs]
+    target = os.open(out, os.O_WRONLY | os.O_CREAT)
+    size = os.fstat(fds[0]).st_size
+    for offset in range(0, size, COPY_BUFFER):
+        for fd in fds:
+            os.preadv(fd, [buffer], offset)
+        os.pwrite(target, buffer[: min(COPY_BUFFER, size - offset)], offset)
+    for fd in (*fds, target):
+        os.close(fd)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    out.unlink()
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Cost(time.monotonic() - begun, cpu, after.ru_maxrss * 1024)
+
+
+def recipe_for(name: str, family: Path, models: int) -> tuple[dict[str, Any], list[Path]]:
+    """The recipe of a benchmark and the folders it reads."""
+    from fusekit.methods import find
+
+    method = find(name.partition("@")[0])
+    count = models if method.max_models is None else min(models, method.max_models)
+    if method.base == "first" and method.max_models == 2:
+        count = 1
+    folders = [family / f"model{i}" for i in range(count)]
+    recipe: dict[str, Any] = {"merge_method": method.name, **SETTINGS.get(name, {})}
+    if method.base == "origin" or (method.base == "first" and method.max_models != 1):
+        recipe["base_model"] = str(family / "base")
+        read = [family / "base", *folders]
+    else:
+        read = folders
+    recipe["models"] = [{"model": str(folder)} for folder in folders]
+    return recipe, read
+
+
+def merge_cost(recipe: dict[str, Any], work: Path, threads: int) -> Cost:
+    """One merge through the command line in a fresh process."""
+    path, out = work / "recipe.yml", work / "out"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    command = [sys.executable, "-m", "fusekit", "merge", str(path), str(out), "--no-resume"]
+    cost = run_measured([*command, "--threads", str(threads)])
+    shutil.rmtree(out)
+    return cost
+
+
+def measure(name: str, family: Path, tiny: Path, work: Path, models: int, threads: int) -> Row:
+    """All costs of one benchmark; the tiny run also warms the kernel cache."""
+    recipe, read = recipe_for(name, family, models)
+    small, _ = recipe_for(name, tiny, models)
+    merge_cost(small, work, threads)
+    start_up = merge_cost(small, work, threads)
+    files = [folder / "model.safetensors" for folder in read]
+    copies = [copy_cost(files, work / "copy.bin") for _ in range(3)]
+    merges = [merge_cost(recipe, work, threads) for _ in range(2)]
+    best = min(merges, key=lambda cost: cost.cpu)
+    return Row(name, len(read), best, start_up, min(copies, key=lambda cost: cost.cpu))
+
+
+def peer_cost(recipe: dict[str, Any], work: Path) -> Cost:
+    """The same recipe through mergekit-yaml."""
+    path, out = work / "peer.yml", work / "peer"
+    path.write_text(yaml.safe_dump({**recipe, "dtype": "bfloat16"}), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    cost = run_measured(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"])
+    shutil.rmtree(out)
+    return cost
+
+
+def table(rows: list[Row], peers: dict[str, Cost], about: str) -> str:
+    """The results as a Markdown table."""
+    lines = [
+        about,
+        "",
+        "| method | models read | copy CPU s | merge CPU s | ratio | wall s | peak MB | start-up CPU s |"
+        + (" peer CPU s |" if peers else ""),
+        "|---|---|---|---|---|---|---|---|" + ("---|" if peers else ""),
+    ]
+    for row in rows:
+        peer = f" {peers[row.name].cpu:.1f} |" if row.name in peers else " - |" if peers else ""
+        lines.append(
+            f"| {row.name} | {row.models} | {row.copy.cpu:.2f} | {row.cpu:.2f} | "
+            f"{row.ratio:.2f} | {row.merge.wall:.2f} | {row.merge.peak_rss / 1e6:.0f} | "
+            f"{row.start_up.cpu:.2f} |{peer}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--parameters", type=float, default=0.5e9)
+    parser.add_argument("--models", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--sparse", action="store_true", help="files without blocks on disk")
+    parser.add_argument("--out", type=Path, default=Path("bench-out"))
+    options = parser.parse_args()
+
+    kind = "sparse" if options.sparse else "dense"
+    family = options.out / f"{kind}-{options.parameters:g}-{options.models}"
+    tiny = options.out / f"tiny-{options.models}"
+    if not family.exists():
+        write = write_sparse_family if options.sparse else write_family
+        write(family, options.parameters, options.models)
+    if not tiny.exists():
+        write_family(tiny, 0, options.models)
+    rows, peers = [], {}
+    for name in options.methods:
+        row = measure(name, family, tiny, options.out, options.models, options.threads)
+        rows.append(row)
+        print(f"{name}: {row.ratio:.2f} x copying, {row.merge.peak_rss / 1e6:.0f} MB", flush=True)
+        if shutil.which("mergekit-yaml"):
+            recipe, _ = recipe_for(name, family, options.models)
+            peers[name] = peer_cost(recipe, options.out)
+    size = (family / "model0" / "model.safetensors").stat().st_size
+    about = (
+        f"{options.models} models (+ base where the method has one), {size / 1e9:.2f} GB each, "
+        f"bfloat16, {options.threads} threads, {platform.processor() or platform.machine()}, "
+        f"Python {platform.python_version()}."
+    )
+    text = table(rows, peers, about)
+    (options.out / "results.md").write_text(text, encoding="utf-8")
+    content = {
+        "about": about,
+        "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
+        "peers": {name: asdict(cost) for name, cost in peers.items()},
+    }
+    (options.out / "results.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

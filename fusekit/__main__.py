@@ -1,0 +1,5 @@
+"""`python -m fusekit`."""
+
+from fusekit.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""`fusekit demo`: the main job on embedded input, from recipes to a table of scores."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MERGES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("linear", {"merge_method": "linear", "parameters": {"weight": 1.0}}),
+    ("karcher", {"merge_method": "karcher"}),
+    ("task_arithmetic", {"merge_method": "task_arithmetic", "parameters": {"lambda": 0.4}}),
+    ("ties", {"merge_method": "ties", "parameters": {"density": 0.5, "lambda": 1.5}}),
+    ("dare_linear", {"merge_method": "dare_linear", "parameters": {"density": 0.5, "lambda": 0.4}}),
+    (
+        "dare_ties",
+        {"merge_method": "dare_ties", "parameters": {"density": 0.5, "lambda": 0.4}},
+    ),
+)
+"""Name of the merge, and its recipe without the models."""
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for recipes and merged models.")] = Path(
+        "demo-out"
+    ),
+) -> None:
+    """Merge six small experts by several methods and score each merge on every expert's task."""
+    import yaml
+
+    from fusekit.evaluate import digits
+
+    base, experts = digits.base(), digits.experts()
+    rows = [("base", digits.evaluate(base))]
+    rows += [(f"expert {task}", digits.evaluate(path)) for task, path in experts.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, settings in MERGES:
+        recipe = {**settings, "models": [{"model": str(path)} for path in experts.values()]}
+        if settings["merge_method"] not in {"linear", "karcher"}:
+            recipe["base_model"] = str(base)
+        path = out / f"{name}.yml"
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
+        command = ["merge", str(path), str(out / name), "--overwrite"]
+        print(f"$ fusekit {' '.join(command)}", flush=True)
+        subprocess.run([sys.executable, "-m", "fusekit", *command], check=True)
+        rows.append((f"merge {name}", digits.evaluate(out / name)))
+    _print_table(rows)
+    print(
+        f"Accuracy in % on held-out digits; every merge is one model for all tasks.\n"
+        f"Recipes and merged checkpoints are in {out}/."
+    )
+
+
+def _print_table(rows: list[tuple[str, dict[str, float]]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    tasks = list(rows[0][1])
+    table = Table("model", *tasks, "mean", box=box.SIMPLE)
+    for name, scores in rows:
+        values = [scores[task] for task in tasks]
+        mean = sum(values) / len(values)
+        table.add_row(name, *(f"{100 * value:.1f}" for value in (*values, mean)))
+    Console(width=max(100, 24 + 11 * len(tasks))).print(table)

@@ -1,0 +1,141 @@
+"""`fusekit merge`: a recipe in, a checkpoint out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fusekit.cli import plan as plan_command
+
+if TYPE_CHECKING:
+    from fusekit.engine.run import MergeReport, Progress
+
+PLAIN_SECONDS = 10.0
+"""How often progress is printed where there is no terminal."""
+
+
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Argument(help="Folder to create.", show_default=False)
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Worker threads; default all processors.")
+    ] = None,
+    out_shard_size: Annotated[
+        str, typer.Option(help="Largest size of a weight file, such as 5GB or 500MB.")
+    ] = "5GB",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and stop: nothing is written.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted merge, or start over.")
+    ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
+    ] = False,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf through, with a warning.")
+    ] = False,
+) -> None:
+    """Merge models as RECIPE says into the folder OUT."""
+    from fusekit.checkpoint.layout import parse_size
+    from fusekit.engine.run import merge as run
+
+    shard_bytes = parse_size(out_shard_size)
+    if dry_run:
+        plan_command.show(recipe, shard_bytes)
+        return
+    if out is None:
+        raise typer.BadParameter("OUT is missing: the folder to create (or use --dry-run)")
+    with _progress() as on_progress:
+        report = run(
+            recipe,
+            out,
+            threads=threads,
+            out_shard_size=shard_bytes,
+            resume=resume,
+            overwrite=overwrite,
+            allow_nonfinite=allow_nonfinite,
+            on_progress=on_progress,
+            on_compile=_say_compiling,
+        )
+    _print_report(report)
+
+
+def _say_compiling() -> None:
+    print("Compiling kernels: first use only, cached for all later runs.", file=sys.stderr)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    """A bar with GB/s and time left on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty():
+        yield _plain_progress()
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import (
+        Progress as Bar,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("merging", total=None)
+        yield lambda at: bar.update(task, completed=at.written, total=at.total)
+
+
+def _plain_progress() -> Callable[[Progress], None]:
+    last = 0.0
+
+    def show(at: Progress) -> None:
+        nonlocal last
+        if at.seconds - last >= PLAIN_SECONDS:
+            last = at.seconds
+            share = 100.0 * at.written / max(at.total, 1)
+            speed = at.written / at.seconds / 1e9
+            print(f"{share:3.0f} %  {at.written / 1e9:.2f} GB  {speed:.2f} GB/s", file=sys.stderr)
+
+    return show
+
+
+def _print_report(report: MergeReport) -> None:
+    ratio = (report.bytes_read + report.bytes_written) / max(report.bytes_written, 1)
+    again = f", {report.resumed} of them by an earlier run" if report.resumed else ""
+    print(f"{report.out}: {report.tensors} tensors{again}")
+    print(
+        f"read {report.bytes_read / 1e9:.2f} GB, wrote {report.bytes_written / 1e9:.2f} GB "
+        f"({ratio:.1f} bytes moved per byte written)"
+    )
+    print(
+        f"{report.seconds:.1f} s, {report.cpu_seconds:.1f} s CPU, "
+        f"peak memory {report.peak_rss / 1e6:.0f} MB"
+    )
+    for found in report.nonfinite:
+        print(
+            f"warning: {found.model}: tensor {found.tensor!r} has {found.count} NaN or infinite "
+            "values",
+            file=sys.stderr,
+        )
+    for tensor, count in report.overflows.items():
+        print(
+            f"warning: tensor {tensor!r}: {count} merged values are beyond the range of its dtype",
+            file=sys.stderr,
+        )

@@ -1,0 +1,89 @@
+"""`fusekit plan`: what a merge would do, without reading a weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fusekit.engine.plan import Plan
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
+    out_shard_size: Annotated[
+        str, typer.Option(help="Largest size of a weight file, such as 5GB or 500MB.")
+    ] = "5GB",
+    tensors: Annotated[
+        bool, typer.Option("--tensors", help="List every tensor with its method and parameters.")
+    ] = False,
+) -> None:
+    """Print what merging RECIPE would read, hold in memory and write."""
+    from fusekit.checkpoint.layout import parse_size
+
+    show(recipe, parse_size(out_shard_size), tensors)
+
+
+def show(recipe: Path, shard_bytes: int, tensors: bool = False) -> None:
+    """Plan a recipe and print the plan."""
+    from fusekit.engine.executor import available_cpus, memory_estimate
+    from fusekit.engine.planner import plan as make_plan
+
+    made = make_plan(recipe, out_shard_size=shard_bytes)
+    try:
+        _print_summary(made)
+        print(f"memory    about {memory_estimate(made, available_cpus()) / 1e6:.0f} MB of buffers")
+        if tensors:
+            _print_tensors(made)
+    finally:
+        made.close()
+
+
+def _print_summary(made: Plan) -> None:
+    method = made.tensors[0].method if made.tensors else None
+    if method is not None:
+        print(f"method    {method.name}: {method.summary}")
+    for checkpoint in made.checkpoints:
+        nbytes = sum(info.nbytes for info in checkpoint.source.tensors.values())
+        print(f"input     {checkpoint.reference}  {nbytes / 1e9:.3f} GB")
+    kinds = Counter(planned.kind for planned in made.tensors)
+    copied = f", {kinds['same']} copied if equal (integer or empty)" if kinds["same"] else ""
+    print(f"tensors   {kinds['merge']} merged{copied}; granularity {made.granularity}")
+    dtypes = Counter(planned.dtype.torch_name for planned in made.tensors)
+    print("dtypes    " + ", ".join(f"{count} {name}" for name, count in dtypes.most_common()))
+    print(f"read      {made.input_bytes / 1e9:.3f} GB once ({_passes(made)} over the data)")
+    shards = len(made.layout.shards)
+    print(f"write     {made.output_bytes / 1e9:.3f} GB in {shards} file{'s' * (shards > 1)}")
+
+
+def _passes(made: Plan) -> str:
+    passes = made.tensors[0].method.passes if made.tensors else "one"
+    return f"passes: {passes}"
+
+
+def _print_tensors(made: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("tensor", "shape", "dtype", "file", "parameters", box=None)
+    for planned in made.tensors:
+        values = dict(planned.tensor.parameters)
+        for i, own in enumerate(planned.tensor.model_parameters):
+            values.update({f"{name}[{i}]": value for name, value in own.items()})
+        table.add_row(
+            planned.name,
+            "x".join(map(str, planned.shape)) or "scalar",
+            planned.dtype.torch_name,
+            made.layout.shard_of[planned.name].file_name,
+            " ".join(
+                f"{name}={_short(value)}" for name, value in values.items() if value is not None
+            ),
+        )
+    Console(width=200).print(table)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

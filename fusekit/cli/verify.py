@@ -1,0 +1,24 @@
+"""`fusekit verify`: check a merged folder against its manifest."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    out: Annotated[Path, typer.Argument(help="A folder that fusekit wrote.", show_default=False)],
+) -> None:
+    """Check every tensor of OUT against its manifest; exit status 1 if any differs."""
+    from fusekit.engine.manifest import verify as check
+
+    result = check(out)
+    if result.ok:
+        print(f"{out}: {result.tensors} tensors, {result.nbytes / 1e9:.3f} GB, all as written")
+        return
+    for problem in result.problems:
+        print(f"{out}: {problem}", file=sys.stderr)
+    raise typer.Exit(1)
