@@ -87,29 +87,24 @@ def transplant(
 
     Tokens both know keep MODEL's rows; rows of the others are approximated from DONOR's embedding.
     """
-    from fusekit.errors import FusekitError
     from fusekit.tokenizers.transplant import TransplantOptions
     from fusekit.tokenizers.transplant_folder import transplant_tokens
 
-    try:
-        options = TransplantOptions(
-            method=method.value,
-            k=k,
-            cosine=cosine,
-            weight_scheme=weight_scheme.value,
-            subword_rule=subword_rule.value,
-            prefix_match=prefix_match.value,
-            byte_match=byte_match.value,
-            scale=scale,
-            noise=noise,
-            zero_untrained=zero_untrained,
-            batch=batch,
-            seed=seed,
-        )
-        report = transplant_tokens(model, donor, out, options)
-    except FusekitError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+    options = TransplantOptions(
+        method=method.value,
+        k=k,
+        cosine=cosine,
+        weight_scheme=weight_scheme.value,
+        subword_rule=subword_rule.value,
+        prefix_match=prefix_match.value,
+        byte_match=byte_match.value,
+        scale=scale,
+        noise=noise,
+        zero_untrained=zero_untrained,
+        batch=batch,
+        seed=seed,
+    )
+    report = transplant_tokens(model, donor, out, options)
     typer.echo(
         f"{out}: {report.tokens} tokens, {report.shared} shared, {report.rows} rows; "
         f"digit tokens shared: {report.digits_shared} of {report.digits}"

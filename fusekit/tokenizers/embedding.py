@@ -136,6 +136,7 @@ class AlignedSource(TensorSource):
         self.label = self._source.label
         self._alignment = alignment
         self._own = alignment.own[alignment.index[model]]
+        self._run_end = _run_ends(self._own)
         self._lenders = [sources[reference] for reference in alignment.models]
         self._aligned = dict(tensors[model])
         self._lent = {
@@ -193,9 +194,14 @@ class AlignedSource(TensorSource):
             line, within = divmod(done, rows * width)
             first, skip = divmod(within, width)
             last = min(rows, first + chunk, -(-(within + stop - done) // width))
-            values = self._rows(tensor, line, first, last).reshape(-1)[skip:][: stop - done]
-            target[done - start :][: len(values)] = values
-            done += len(values)
+            part = target[done - start : min(stop - start, done - start + last * width - within)]
+            if first < self._alignment.size and self._run_end[first] >= last:
+                begin = (line * tensor.rows + int(self._own[first])) * width + skip
+                self._source.read_into(name, begin, begin + len(part), _bytes_of(part))
+            else:
+                values = self._rows(tensor, line, first, last)
+                part[:] = values.reshape(-1)[skip : skip + len(part)]
+            done += len(part)
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
         if name not in self._aligned:
@@ -311,6 +317,16 @@ def gather_rows(
         source.read_into(name, origin + low * width, origin + high * width, _bytes_of(block))
         gathered[first:last] = block[wanted[first:last] - low]
     np.take(gathered, inverse, axis=0, out=out)
+
+
+def _run_ends(own: Ids) -> Ids:
+    """For each id the end of the stretch from it on whose own rows follow one another; at most
+    the id itself where there is no own row."""
+    ids = np.arange(len(own))
+    last = np.ones(len(own), bool)
+    last[:-1] = np.diff(own) != 1
+    ends = np.flatnonzero(last) + 1
+    return np.where(own < 0, ids, ends[np.searchsorted(ends, ids, side="right")])
 
 
 def _runs(wanted: Ids, gap: int) -> Iterator[tuple[int, int]]:

@@ -351,11 +351,17 @@ def test_the_command_writes_the_folder_and_reports(tmp_path):
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
-def test_the_command_exits_with_2_and_one_sentence_on_bad_input(tmp_path):
+def test_the_command_refuses_a_donor_without_tokenizer(tmp_path):
     arguments = ["transplant", str(TOK_A), str(tmp_path), str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 2
-    assert result.output.startswith("error: ") and "no tokenizer found" in result.output
+    assert isinstance(result.exception, CheckpointError)
+    assert "no tokenizer found" in str(result.exception)
+
+
+def test_the_command_refuses_unknown_choices(tmp_path):
+    arguments = ["transplant", str(TOK_A), str(TOK_B), str(tmp_path / "out"), "--method", "opm"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 2 and "opm" in result.output
 
 
 def test_the_commands_choices_are_the_options_choices():
