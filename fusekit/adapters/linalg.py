@@ -69,35 +69,62 @@ def orthogonalize(gram: Double) -> Orthogonal:
     return Orthogonal(vectors[:, keep] / roots, roots[:, None] * vectors[:, keep].T)
 
 
+@dataclass(frozen=True, slots=True)
+class _Core:
+    """`B @ A = Q_B R_B (Q_A R_A).T` for tall B and A.T, with every rank-1 piece balanced."""
+
+    left: Orthogonal
+    right: Orthogonal
+
+
+def _core(B: Double, A: Double) -> _Core:
+    """The orthogonal factorisations of both sides of a product.
+
+    Columns of B are balanced against rows of A within the Gram matrices, so that the cutoff does
+    not depend on how a piece's size is shared between its halves.
+    """
+    gram_b, gram_a = B.T @ B, A @ A.T
+    ratio = balance(np.sqrt(gram_b.diagonal()), np.sqrt(gram_a.diagonal()))
+    left = orthogonalize(gram_b * np.outer(ratio, ratio))
+    right = orthogonalize(gram_a / np.outer(ratio, ratio))
+    return _Core(
+        Orthogonal(ratio[:, None] * left.basis, left.R),
+        Orthogonal(right.basis / ratio[:, None], right.R),
+    )
+
+
 def product_svd(B: Array, A: Array, rank: int | None = None) -> ThinSvd:
     """Thin SVD of `B @ A` without forming it: O((out + in) q^2) for B (out, q), A (q, in).
 
     With `B = Q_B R_B` and `A.T = Q_A R_A`, the SVD of the small core `R_B @ R_A.T` gives that of
-    the product. Columns of B are balanced against rows of A first, so that the result does not
-    depend on how a rank-1 piece's size is shared between them.
+    the product.
 
     Args:
         rank: keep at most this many triples.
     """
-    B, A = balanced(B.astype(np.float64), A.astype(np.float64))
-    left, right = orthogonalize(B.T @ B), orthogonalize(A @ A.T)
-    u, s, vt = np.linalg.svd(left.R @ right.R.T, full_matrices=False)
+    wide_b, wide_a = B.astype(np.float64), A.astype(np.float64)
+    core = _core(wide_b, wide_a)
+    u, s, vt = np.linalg.svd(core.left.R @ core.right.R.T, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    return ThinSvd(B @ (left.basis @ u), s, (vt @ right.basis.T) @ A)
+    return ThinSvd(wide_b @ (core.left.basis @ u), s, (vt @ core.right.basis.T) @ wide_a)
 
 
 def product_singular_values(B: Array, A: Array) -> Double:
     """Singular values of `B @ A`, descending, without forming it."""
-    B, A = balanced(B.astype(np.float64), A.astype(np.float64))
-    left, right = orthogonalize(B.T @ B), orthogonalize(A @ A.T)
-    return np.asarray(np.linalg.svd(left.R @ right.R.T, compute_uv=False), np.float64)
+    core = _core(B.astype(np.float64), A.astype(np.float64))
+    values = np.linalg.svd(core.left.R @ core.right.R.T, compute_uv=False)
+    return np.asarray(values, np.float64)
+
+
+def balance(norm_b: Array, norm_a: Array) -> Array:
+    """Factors that, put on B's columns and taken off A's rows, make the pairs equally long."""
+    used = (norm_b > 0) & (norm_a > 0)
+    return np.sqrt(np.divide(norm_a, norm_b, out=np.ones_like(norm_b), where=used))
 
 
 def balanced(B: Array, A: Array) -> tuple[Array, Array]:
     """The same product with every column of B as long as its row of A."""
-    norm_b, norm_a = np.linalg.norm(B, axis=0), np.linalg.norm(A, axis=1)
-    used = (norm_b > 0) & (norm_a > 0)
-    ratio = np.sqrt(np.divide(norm_a, norm_b, out=np.ones_like(norm_b), where=used))
+    ratio = balance(np.linalg.norm(B, axis=0), np.linalg.norm(A, axis=1))
     return B * ratio, A / ratio[:, None]
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, LoraModule
+from fusekit.adapters.adapter import Adapter, Array, LoraModule, to_float32
 from fusekit.adapters.combine import (
     COMBINATIONS,
     Combination,
@@ -227,8 +227,8 @@ class _Pool:
                     source=index,
                     weight=weight,
                     module=module,
-                    A=module.A.astype(np.float32),
-                    B=module.B.astype(np.float32),
+                    A=to_float32(module.A),
+                    B=to_float32(module.B),
                     dense=self._dense(module),
                 )
             )

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule
 from fusekit.adapters.peft_format import (
@@ -245,18 +249,42 @@ class _Written:
     out: int
 
 
-def write_adapter(adapter: Adapter, folder: str | Path) -> Path:
+def write_adapter(adapter: Adapter, folder: str | Path, threads: int | None = None) -> Path:
     """Write an adapter as a PEFT folder; tensors and scalings survive bit for bit.
 
     Modules of rank 0 are left out. Raises as `AdapterWriter`.
+
+    Args:
+        threads: modules computed at once, for adapters that compute them at access. Default: the
+            number of processors. The result does not depend on it.
     """
     with AdapterWriter(folder, adapter.config) as writer:
-        for module in adapter.modules.values():
+        for module in _computed(adapter.modules, threads or os.cpu_count() or 1):
             if module.rank > 0:
                 writer.add(module)
         for name, tensor in adapter.replacements.items():
             writer.replace(name, tensor)
     return Path(folder)
+
+
+def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraModule]:
+    """The modules in order, a few computed ahead.
+
+    BLAS runs on one thread meanwhile: the matrices are too small to split, and its waiting threads
+    would take the processors from the modules computed beside each other.
+    """
+    ahead: deque[Future[LoraModule]] = deque()
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+        try:
+            for name in modules:
+                ahead.append(pool.submit(modules.__getitem__, name))
+                if len(ahead) > threads:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
 
 
 def _covers(hint: str, path: str) -> bool:

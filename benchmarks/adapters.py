@@ -1,0 +1,151 @@
+"""Merging and extracting adapters: seconds and peak memory on 7B shapes.
+
+    python benchmarks/adapters.py merge [--targets all|attention] [--method svd ...]
+    python benchmarks/adapters.py extract [--size 2048]
+
+Every merge runs in a process of its own, from files to files, so that its peak memory is its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HIDDEN, INTERMEDIATE, LAYERS = 4096, 11008, 32
+ATTENTION = {f"self_attn.{p}_proj": (HIDDEN, HIDDEN) for p in "qkvo"}
+ALL_LINEAR = {
+    **ATTENTION,
+    "mlp.gate_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.up_proj": (INTERMEDIATE, HIDDEN),
+    "mlp.down_proj": (HIDDEN, INTERMEDIATE),
+}
+TARGETS = {
+    "qv": {name: ATTENTION[name] for name in ("self_attn.q_proj", "self_attn.v_proj")},
+    "attention": ATTENTION,
+    "all": ALL_LINEAR,
+}
+DENSITY = {"ties": 0.5, "dare_linear": 0.5, "dare_ties": 0.5, "magnitude_prune": 0.5}
+
+
+def write_adapters(folder: Path, targets: str, count: int, rank: int) -> list[Path]:
+    """Random bfloat16 adapters of a 7B-shaped base."""
+    import ml_dtypes
+    import numpy as np
+
+    from fusekit.adapters import AdapterWriter, LoraModule
+
+    folders = []
+    for index in range(count):
+        rng = np.random.default_rng(index)
+        path = folder / f"adapter{index}"
+        with AdapterWriter(path, {"task_type": "CAUSAL_LM"}) as writer:
+            for layer in range(LAYERS):
+                for name, (rows, columns) in TARGETS[targets].items():
+                    A = rng.standard_normal((rank, columns), dtype=np.float32)
+                    B = rng.standard_normal((rows, rank), dtype=np.float32)
+                    writer.add(
+                        LoraModule(
+                            f"model.layers.{layer}.{name}.weight",
+                            A.astype(ml_dtypes.bfloat16),
+                            B.astype(ml_dtypes.bfloat16),
+                            alpha=2.0 * rank,
+                        )
+                    )
+        folders.append(path)
+    return folders
+
+
+def run_merge(method: str, folders: list[str], out: str) -> dict[str, Any]:
+    """One merge, files to files; called in a process of its own."""
+    from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
+
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.perf_counter()
+    options = MergeOptions(density=DENSITY.get(method))
+    write_adapter(merge_adapters([load_adapter(f) for f in folders], method, options=options), out)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "peak_mb": peak / 1024, "imports_mb": before / 1024}
+
+
+def benchmark_merge(targets: str, methods: list[str], count: int, rank: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folders = write_adapters(folder, targets, count, rank)
+        size = sum((f / "adapter_model.safetensors").stat().st_size for f in folders) / 1e6
+        print(f"{count} adapters of rank {rank}, {targets} targets, {size:.0f} MB in all")
+        for method in methods:
+            request = json.dumps([method, [str(f) for f in folders], str(folder / f"out-{method}")])
+            done = subprocess.run(
+                [sys.executable, __file__, "one", request],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            result = json.loads(done.stdout)
+            print(f"  {method:16} {result['seconds']:6.2f} s   peak {result['peak_mb']:5.0f} MB")
+
+
+def benchmark_extract(size: int, rank: int) -> None:
+    """Randomized against full SVD of one matrix, on a decaying and on a flat spectrum."""
+    import numpy as np
+
+    from fusekit.adapters.linalg import exact_svd, randomized_svd
+
+    rng = np.random.default_rng(0)
+    u = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    v = np.linalg.qr(rng.standard_normal((size, size)))[0]
+    index = np.arange(size)
+    spectra = {
+        "1/j decay": 1 / (1 + index),
+        "exponential decay": np.exp(-index / rank),
+        "noisy rank 16": np.where(index < 16, 1.0, 0.02),
+        "flat to 2 x rank": np.where(index < 2 * rank, 1.0, 0.0),
+    }
+    print(f"{size} x {size}, rank {rank}")
+    for label, spectrum in spectra.items():
+        matrix = ((u * spectrum) @ v.T).astype(np.float32)
+        start = time.perf_counter()
+        best = exact_svd(matrix, rank)
+        full_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        rough = randomized_svd(matrix, rank)
+        seconds = time.perf_counter() - start
+        errors = [np.linalg.norm(matrix - (d.U * d.S) @ d.Vt) for d in (best, rough)]
+        print(
+            f"  {label:18} full {full_seconds:6.2f} s   randomized {seconds:6.3f} s   "
+            f"{full_seconds / seconds:5.0f} x faster   residual {errors[1] / errors[0] - 1:+.2%}"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    merge = commands.add_parser("merge")
+    merge.add_argument("--targets", choices=TARGETS, default="all")
+    merge.add_argument("--method", nargs="+", default=["linear", "cat", "ties", "svd", "lora_lego"])
+    merge.add_argument("--count", type=int, default=8)
+    merge.add_argument("--rank", type=int, default=16)
+    extract = commands.add_parser("extract")
+    extract.add_argument("--size", type=int, default=2048)
+    extract.add_argument("--rank", type=int, default=32)
+    one = commands.add_parser("one")
+    one.add_argument("request")
+    arguments = parser.parse_args()
+    if arguments.command == "merge":
+        benchmark_merge(arguments.targets, arguments.method, arguments.count, arguments.rank)
+    elif arguments.command == "extract":
+        benchmark_extract(arguments.size, arguments.rank)
+    else:
+        print(json.dumps(run_merge(*json.loads(arguments.request))))
+
+
+if __name__ == "__main__":
+    main()
