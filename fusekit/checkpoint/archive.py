@@ -6,18 +6,19 @@ before anything in it is believed. Nothing is unpacked: a tensor is read by its 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fusekit.checkpoint.recent import Recent
 from fusekit.checkpoint.source import TensorInfo, TensorSource
 from fusekit.errors import CheckpointError
 
@@ -33,7 +34,6 @@ _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
 
 _PANEL_ELEMENTS = 1 << 21
 _PANELS_KEPT = 4
-_GRANULE = 64
 
 
 class LocalFile:
@@ -284,8 +284,7 @@ class ArchiveSource(TensorSource):
         self._directory = directory
         self._tensors = {name: info for name, (info, _) in placed.items()}
         self._places = {name: place for name, (_, place) in placed.items()}
-        self._panels: OrderedDict[tuple[str, int], memoryview] = OrderedDict()
-        self._panel_lock = threading.Lock()
+        self._panels: Recent[tuple[str, int], memoryview] = Recent(_PANELS_KEPT)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
@@ -299,11 +298,11 @@ class ArchiveSource(TensorSource):
             return
         at = start
         while at < stop:
-            index = at // _PANEL_ELEMENTS
-            panel_begin = index * _PANEL_ELEMENTS
-            until = min(stop, panel_begin + _PANEL_ELEMENTS)
-            out[(at - start) * width : (until - start) * width] = self._panel(name, index)[
-                (at - panel_begin) * width : (until - panel_begin) * width
+            panel = _panel_at(info.shape, at)
+            until = min(stop, panel.stop)
+            raw = self._panels.get((name, panel.start), partial(self._gather, name, panel))
+            out[(at - start) * width : (until - start) * width] = raw[
+                (at - panel.start) * width : (until - panel.start) * width
             ]
             at = until
 
@@ -324,40 +323,79 @@ class ArchiveSource(TensorSource):
     def close(self) -> None:
         self._file.close()
 
-    def _panel(self, name: str, index: int) -> memoryview:
-        """`_PANEL_ELEMENTS` consecutive elements of a strided tensor.
+    def _gather(self, name: str, panel: _Panel) -> memoryview:
+        """A panel's elements in reading order, from as few and as long reads as reasonable."""
+        place, kind = self._places[name], np.dtype(f"u{self._tensors[name].dtype.itemsize}")
+        strides = place.strides[len(place.strides) - len(panel.shape) :]
+        begin = place.begin + kind.itemsize * sum(
+            index * stride for index, stride in zip(panel.corner, place.strides, strict=False)
+        )
+        axes = sorted(range(len(strides)), key=lambda axis: -strides[axis])
+        shape = tuple(panel.shape[axis] for axis in axes)
+        steps = tuple(strides[axis] * kind.itemsize for axis in axes)
+        gathered = np.empty(shape, kind)
+        outer = _outer_axes(shape, steps, kind.itemsize)
+        span = np.empty(_span(shape[outer:], steps[outer:], kind.itemsize), np.uint8)
+        view = np.ndarray(shape[outer:], kind, span, strides=steps[outer:])
+        for index in np.ndindex(shape[:outer]):
+            offset = sum(i * step for i, step in zip(index, steps, strict=False))
+            self._file.read_into(begin + offset, span.data)
+            gathered[index] = view
+        ordered = np.ascontiguousarray(gathered.transpose(np.argsort(axes)))
+        raw: memoryview = ordered.reshape(-1).view(np.uint8).data
+        return raw
 
-        Neighbours in reading order lie far apart in the file; a panel larger than the usual read
-        lets each visit to a place bring back everything that is wanted from it.
-        """
-        with self._panel_lock:
-            found = self._panels.pop((name, index), None)
-            if found is None:
-                size = self._tensors[name].size
-                begin = index * _PANEL_ELEMENTS
-                found = self._gather(name, begin, min(size, begin + _PANEL_ELEMENTS))
-            self._panels[name, index] = found
-            while len(self._panels) > _PANELS_KEPT:
-                self._panels.popitem(last=False)
-            return found
 
-    def _gather(self, name: str, start: int, stop: int) -> memoryview:
-        info, place = self._tensors[name], self._places[name]
-        width = info.dtype.itemsize
-        positions = np.zeros(stop - start, np.int64)
-        remaining = np.arange(start, stop, dtype=np.int64)
-        for length, stride in zip(reversed(info.shape), reversed(place.strides), strict=True):
-            remaining, coordinate = np.divmod(remaining, length)
-            positions += coordinate * (stride * width)
-        granules, which = np.unique(positions // _GRANULE, return_inverse=True)
-        scratch = np.zeros(granules.size * _GRANULE, np.uint8)
-        target = scratch.data
-        runs = np.flatnonzero(np.diff(granules) != 1) + 1
-        for first, last in pairwise([0, *runs.tolist(), granules.size]):
-            begin = place.begin + int(granules[first]) * _GRANULE
-            length = min((last - first) * _GRANULE, place.end - begin)
-            self._file.read_into(begin, target[first * _GRANULE : first * _GRANULE + length])
-        items = scratch.view(f"u{width}")
-        picked = items[which * (_GRANULE // width) + positions % _GRANULE // width]
-        gathered: memoryview = picked.view(np.uint8).data
-        return gathered
+@dataclass(frozen=True, slots=True)
+class _Panel:
+    """A box of a tensor that is contiguous in reading order: elements `[start, stop)`.
+
+    It begins at index `corner` of the tensor's first axes and has `shape` over its last ones.
+    """
+
+    start: int
+    stop: int
+    corner: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+def _panel_at(shape: tuple[int, ...], element: int) -> _Panel:
+    """The panel that holds an element.
+
+    Neighbours in reading order lie far apart in the file; a panel larger than the usual read lets
+    each visit to a place bring back everything that is wanted from it.
+    """
+    axis, inner = len(shape) - 1, 1
+    while axis > 0 and inner * shape[axis] <= _PANEL_ELEMENTS:
+        inner *= shape[axis]
+        axis -= 1
+    rows = max(1, _PANEL_ELEMENTS // inner)
+    coordinates = []
+    remaining = element // inner
+    for length in reversed(shape[: axis + 1]):
+        remaining, coordinate = divmod(remaining, length)
+        coordinates.append(coordinate)
+    *lead, row = reversed(coordinates)
+    first = row - row % rows
+    count = min(rows, shape[axis] - first)
+    start = element - (element % inner) - (row - first) * inner
+    return _Panel(start, start + count * inner, (*lead, first), (count, *shape[axis + 1 :]))
+
+
+def _span(shape: tuple[int, ...], steps: tuple[int, ...], width: int) -> int:
+    """Bytes from the first to the last element of a strided box."""
+    return width + sum((length - 1) * step for length, step in zip(shape, steps, strict=True))
+
+
+def _outer_axes(shape: tuple[int, ...], steps: tuple[int, ...], width: int) -> int:
+    """How many axes (of largest step) to visit one by one; the rest is read in one go.
+
+    More is read in one go as long as at least an eighth of what is read is wanted.
+    """
+    outer = len(shape)
+    while outer > 0:
+        wanted = math.prod(shape[outer - 1 :]) * width
+        if _span(shape[outer - 1 :], steps[outer - 1 :], width) > 8 * wanted:
+            break
+        outer -= 1
+    return outer

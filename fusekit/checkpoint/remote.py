@@ -58,7 +58,7 @@ class ChunkCache:
         while done < len(out):
             index, offset = divmod(begin + done, CHUNK_BYTES)
             chunk = self._chunk(file, index)
-            part = chunk[offset : offset + len(out) - done]
+            part = memoryview(chunk)[offset : offset + len(out) - done]
             out[done : done + len(part)] = part
             done += len(part)
             self.fetch(file, index + 1, index + 1 + READ_AHEAD)

@@ -103,6 +103,9 @@ class _Server(ThreadingHTTPServer):
     daemon_threads = True
     state: FileServer
 
+    def handle_error(self, *_: Any) -> None:
+        """Dropped connections are part of the tests."""
+
 
 @contextmanager
 def serving(state: FileServer) -> Iterator[FileServer]:

@@ -77,12 +77,12 @@ def test_views_of_one_storage_are_read_with_their_offsets_and_strides(tmp_path: 
         np.testing.assert_array_equal(read(source, name), array)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(data=st.data())
 def test_any_range_of_a_strided_tensor_equals_the_gathered_array(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
-    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4)))
+    shape = tuple(data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=5)))
     axes = data.draw(st.permutations(range(len(shape))))
     skip = data.draw(st.integers(1, 3))
     kind, dtype = data.draw(
@@ -97,7 +97,7 @@ def test_any_range_of_a_strided_tensor_equals_the_gathered_array(
     start = data.draw(st.integers(0, view.size))
     stop = data.draw(st.integers(start, view.size))
     old = archive._PANEL_ELEMENTS
-    archive._PANEL_ELEMENTS = data.draw(st.sampled_from([7, 64, old]))
+    archive._PANEL_ELEMENTS = data.draw(st.sampled_from([1, 7, 64, old]))
     try:
         source = PickleFile(path)
         out = bytearray((stop - start) * stored.itemsize)

@@ -212,7 +212,17 @@ def cut_short(handler: Any, number: int) -> bool:
     return drop(handler, number)
 
 
-@pytest.mark.parametrize("trouble", [drop, overload, cut_short])
+def chunked_and_short(handler: Any, number: int) -> bool:
+    asked = handler.headers["Range"].removeprefix("bytes=")
+    handler.send_response(206)
+    handler.send_header("Content-Range", f"bytes {asked}/{len(MODEL)}")
+    handler.send_header("Transfer-Encoding", "chunked")
+    handler.end_headers()
+    handler.wfile.write(b"0\r\n\r\n")
+    return True
+
+
+@pytest.mark.parametrize("trouble", [drop, overload, cut_short, chunked_and_short])
 def test_passing_trouble_is_retried(server: FileServer, trouble: Any) -> None:
     server.fault = lambda handler, number: number in {1, 2, 4} and trouble(handler, number)
     source = open_url(f"{server.url}/m/model.safetensors")
