@@ -24,9 +24,9 @@ def magnitude_keys(bits: Array, below_sign: Any, keys: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def signed_keys(bits: Array, sign: Any, keys: Array) -> None:
-    """Keys that order like x: negative floats are inverted, others get the top bit `sign`."""
+    """Keys that order like x: negative floats are inverted, others and -0 get the bit `sign`."""
     for i in range(bits.size):
-        keys[i] = ~bits[i] if bits[i] & sign else bits[i] | sign
+        keys[i] = ~bits[i] if bits[i] > sign else bits[i] | sign
 
 
 @njit(nogil=True, cache=True)
