@@ -1,0 +1,106 @@
+"""Sign election and disjoint merging against plain float64 NumPy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fusekit.kernels import elect
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+ELECTIONS = [elect.MASS, elect.COUNT, elect.SQUARE, elect.LARGEST]
+MERGES = [elect.MEAN, elect.SUM, elect.MAX]
+
+
+def sparse_deltas(n: int, size: int, seed: int, dtype: Any = np.float32) -> Array:
+    """Small integers with many zeros and ties, so that votes often cancel exactly."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(-3, 4, (n, size)) * (rng.random((n, size)) < 0.7)).astype(dtype)
+
+
+def reference_votes(deltas: Array, ballots: Array, election: int) -> Array:
+    d = deltas.astype(np.float64)
+    if election == elect.LARGEST:
+        share = ballots[:, None] * d**2
+        best = share.argmax(axis=0)
+        won = share.max(axis=0) > 0
+        return np.where(won, d[best, np.arange(d.shape[1])], 0.0)
+    ballot = {elect.MASS: d, elect.COUNT: np.sign(d), elect.SQUARE: d * np.abs(d)}[election]
+    return (ballots[:, None] * ballot).sum(axis=0)
+
+
+def reference_merge(
+    deltas: Array, weights: Array, sign: Array, merge: int, base: Array, scale: float
+) -> Array:
+    weighted = weights[:, None] * deltas.astype(np.float64)
+    kept = np.sign(weighted) * sign > 0
+    if merge == elect.MAX:
+        magnitude = np.where(kept, np.abs(weighted), 0.0)
+        merged = sign * magnitude.max(axis=0)
+    else:
+        merged = np.where(kept, weighted, 0.0).sum(axis=0)
+        if merge == elect.MEAN:
+            divisor = np.where(kept, weights[:, None], 0.0).sum(axis=0)
+            merged = merged / np.where(divisor != 0, divisor, 1.0)
+    return base.astype(np.float64) + scale * merged
+
+
+@pytest.mark.parametrize("election", ELECTIONS)
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_votes(n: int, election: int) -> None:
+    deltas = sparse_deltas(n, 3000, seed=n)
+    ballots = np.array([1.0, 0.5, 2.0, 1.0, 0.25])[:n]
+    total = np.full(3000, np.nan)
+    elect.votes(deltas, ballots, election, total)
+    np.testing.assert_array_equal(total, reference_votes(deltas, ballots, election))
+
+
+@pytest.mark.parametrize("election", ELECTIONS)
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 4000])
+def test_sign_balance_is_the_sum_of_the_elected_signs(size: int, election: int) -> None:
+    deltas = sparse_deltas(3, size, seed=size)
+    ballots = np.ones(3)
+    expected = np.sign(reference_votes(deltas, ballots, election)).sum()
+    assert elect.sign_balance(deltas, ballots, election) == expected
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("tie_sign", [-1, 0, 1])
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("election", ELECTIONS)
+def test_elect_and_merge(election: int, merge: int, tie_sign: int, dtype: Any) -> None:
+    deltas = sparse_deltas(3, 2500, seed=7, dtype=dtype)
+    ballots, weights = np.array([1.0, 1.0, 2.0]), np.array([0.5, 1.0, 2.0])
+    base = np.random.default_rng(8).standard_normal(2500).astype(dtype)
+    out = np.full(2500, np.nan, dtype)
+    elect.elect_and_merge(deltas, ballots, weights, election, tie_sign, merge, base, 0.75, out)
+    total = reference_votes(deltas, ballots, election)
+    assert np.count_nonzero(total == 0) > 50
+    sign = np.where(total == 0, tie_sign, np.sign(total))
+    expected = reference_merge(deltas, weights, sign, merge, base, 0.75)
+    np.testing.assert_allclose(out, expected, rtol=1e-6 if dtype == np.float32 else 1e-14)
+
+
+@pytest.mark.parametrize("merge", MERGES)
+def test_a_negative_weight_flips_the_sign_an_entry_counts_with(merge: int) -> None:
+    deltas = np.array([[2.0, -2.0, 1.0], [-1.0, -1.0, 1.0]], np.float32)
+    weights = np.array([1.0, -1.0])
+    out = np.empty(3, np.float32)
+    base = np.zeros(3, np.float32)
+    elect.elect_and_merge(deltas, weights, weights, elect.MASS, 1, merge, base, 1.0, out)
+    sign = np.array([1, -1, 1])  # 2 + 1, -2 + 1, and 1 - 1 tied
+    np.testing.assert_array_equal(
+        out, reference_merge(deltas, weights, sign, merge, base, 1.0).astype(np.float32)
+    )
+
+
+def test_where_no_entry_is_kept_the_base_stays() -> None:
+    deltas = np.zeros((2, 4), np.float32)
+    base = np.array([1.0, -2.0, 0.0, 5.0], np.float32)
+    out = np.empty(4, np.float32)
+    ones = np.ones(2)
+    elect.elect_and_merge(deltas, ones, ones, elect.MASS, 1, elect.MEAN, base, 1.0, out)
+    np.testing.assert_array_equal(out, base)
