@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -168,6 +168,12 @@ def to_float32(array: Array) -> Float:
         widened: Float = (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
         return widened
     return array.astype(np.float32, copy=False)
+
+
+def common_dtype(arrays: Iterable[Array]) -> np.dtype[Any]:
+    """The arrays' element type, or float32 where they differ."""
+    kinds = {array.dtype for array in arrays}
+    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def bias_name(weight: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, LoraModule, to_float32
+from fusekit.adapters.adapter import Adapter, Array, LoraModule, common_dtype, to_float32
 from fusekit.adapters.combine import (
     COMBINATIONS,
     Combination,
@@ -292,7 +292,7 @@ class _MergedModules(Mapping[str, LoraModule]):
         width = max(1, *(A.shape[0] for A, _ in factors))
         A, B = _joined([pad_rank(A, B, width) for A, B in factors])
         first = parts[0].module
-        dtype = _common_dtype([array for p in parts for array in (p.module.A, p.module.B)])
+        dtype = common_dtype([array for p in parts for array in (p.module.A, p.module.B)])
         biases = [
             np.float32(part.coefficient) * part.module.bias.astype(np.float32)
             for part in parts
@@ -359,12 +359,6 @@ def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     A = np.concatenate([a for a, _ in factors], axis=0)
     B = np.stack([b for _, b in factors], axis=2)
     return A, B.reshape(B.shape[0], -1)
-
-
-def _common_dtype(arrays: Sequence[Array]) -> np.dtype[Any]:
-    """The sources' element type, or float32 where they differ."""
-    kinds = {array.dtype for array in arrays}
-    return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
 
 def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
@@ -622,4 +616,4 @@ def _average(name: str, tensors: Sequence[Array], weights: Sequence[float]) -> A
         ),
         start=np.zeros(tensors[0].shape, np.float32),
     )
-    return np.asarray(mean).astype(_common_dtype(tensors))
+    return np.asarray(mean).astype(common_dtype(tensors))

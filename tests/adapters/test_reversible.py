@@ -1,0 +1,232 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fusekit.adapters.reversible import (
+    align_gauges,
+    directions_for,
+    fit_side,
+    open_pack,
+    pack_adapters,
+    storage_ratio,
+    truncate_adapter,
+)
+from fusekit.errors import CheckpointError, FusekitError
+
+from .support import load_vectors, make_adapter, random_adapter, under
+
+SHAPES = {"a.weight": (9, 7), "b.weight": (6, 8)}
+
+
+@pytest.mark.parametrize("case", ["case0", "case1", "case2"])
+def test_golden_reconstruction(case):
+    tensors, cases = load_vectors("rmm")
+    meta, tensors = cases[case], under(tensors, f"{case}/")
+    tasks = range(meta["n_models"])
+    for factor, turn in (("lora_B", lambda x: x), ("lora_A", lambda x: x.T)):
+        vectors = np.stack([turn(tensors[f"in/model{i}/{factor}"]) for i in tasks])
+        side, coefficients = fit_side(vectors, meta["p"])
+        np.testing.assert_allclose(side.mean, turn(tensors[f"out/mean/{factor}"]), atol=1e-4)
+        rebuilt = np.stack([side.rebuild(c) for c in coefficients])
+        for i in tasks:
+            expected = turn(tensors[f"out/recon{i}/{factor}"])
+            np.testing.assert_allclose(rebuilt[i], expected, atol=1e-4)
+        energy = np.square(vectors - rebuilt).sum(axis=(0, 2))
+        wanted = tensors[f"out/residual_energy_{factor[-1]}"]
+        np.testing.assert_allclose(energy, wanted, atol=1e-4)
+    ratio = storage_ratio(meta["p"], meta["r"], meta["n_models"])
+    assert ratio == pytest.approx(meta["storage_ratio"])
+
+
+def relative_error(rebuilt, original):
+    missed = sum(
+        np.linalg.norm(rebuilt.modules[n].delta() - m.delta()) ** 2
+        for n, m in original.modules.items()
+    )
+    wanted = sum(np.linalg.norm(m.delta()) ** 2 for m in original.modules.values())
+    return np.sqrt(missed / wanted)
+
+
+def tasks_of(count, rank=4, dtype=np.float32, **fields):
+    return {
+        f"task{i}": random_adapter(i, SHAPES, rank=rank, scaling=0.5, dtype=dtype)
+        for i in range(count)
+    }
+
+
+@pytest.mark.parametrize("align", [False, True])
+def test_enough_directions_rebuild_every_task_exactly(align, tmp_path):
+    adapters = tasks_of(3)
+    report = pack_adapters(adapters, tmp_path / "pack", directions=9, align=align)
+    assert report.directions == 2
+    pack = open_pack(tmp_path / "pack")
+    for task, adapter in adapters.items():
+        assert relative_error(pack.unpack(task), adapter) < 1e-5
+
+
+def test_reported_errors_and_sizes_are_the_real_ones(tmp_path):
+    adapters = tasks_of(5)
+    report = pack_adapters(adapters, tmp_path / "pack", directions=1)
+    pack = open_pack(tmp_path / "pack")
+    stored = sum(
+        np.prod(info.shape)
+        for path in (tmp_path / "pack").glob("*.safetensors")
+        for info in type(pack.basis)(path).tensors.values()
+    )
+    original = sum(m.A.size + m.B.size for a in adapters.values() for m in a.modules.values())
+    assert report.ratio == pytest.approx(stored / original)
+    assert report.ratio == pytest.approx(storage_ratio(1, 4, 5))
+    for error in report.errors:
+        packed = relative_error(pack.unpack(error.task), adapters[error.task])
+        assert error.packed == pytest.approx(packed, rel=1e-4)
+        cut = truncate_adapter(adapters[error.task], int(report.truncated_rank))
+        assert error.truncated == pytest.approx(relative_error(cut, adapters[error.task]), rel=1e-4)
+
+
+def test_more_directions_never_hurt():
+    vectors = np.random.default_rng(0).standard_normal((6, 10, 4))
+    errors = []
+    for directions in range(5):
+        side, coefficients = fit_side(vectors, directions)
+        rebuilt = np.stack([side.rebuild(c) for c in coefficients])
+        errors.append(np.square(vectors - rebuilt).sum())
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-8
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), shift=st.floats(-5, 5))
+def test_a_common_shift_moves_the_mean_alone(seed, shift):
+    vectors = np.random.default_rng(seed).standard_normal((4, 5, 3))
+    side, coefficients = fit_side(vectors, 2)
+    moved, same = fit_side(vectors + shift, 2)
+    np.testing.assert_allclose(moved.mean, side.mean + shift, atol=1e-5)
+    np.testing.assert_allclose(same, coefficients, atol=1e-4)
+
+
+def test_the_order_of_tasks_permutes_coefficients_alone():
+    vectors = np.random.default_rng(1).standard_normal((4, 5, 3))
+    order = [2, 0, 3, 1]
+    side, coefficients = fit_side(vectors, 2)
+    other, permuted = fit_side(vectors[order], 2)
+    np.testing.assert_allclose(other.basis, side.basis, atol=1e-5)
+    np.testing.assert_allclose(permuted, coefficients[order], atol=1e-5)
+
+
+def test_identical_adapters_need_no_directions(tmp_path):
+    adapter = random_adapter(1, SHAPES)
+    report = pack_adapters({"x": adapter, "y": adapter}, tmp_path / "pack", directions=0)
+    assert max(error.packed for error in report.errors) < 1e-6
+    assert report.recommended == "reversible merging"
+
+
+def test_alignment_undoes_a_rotation_of_the_rank_space(tmp_path):
+    adapter = random_adapter(1, SHAPES)
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0].astype("f4")
+    turned = make_adapter(
+        *(dataclasses.replace(m, A=turn.T @ m.A, B=m.B @ turn) for m in adapter.modules.values())
+    )
+    both = {"x": adapter, "y": turned}
+    plain = pack_adapters(both, tmp_path / "plain", directions=0)
+    aligned = pack_adapters(both, tmp_path / "aligned", directions=0, align=True)
+    assert min(error.packed for error in plain.errors) > 0.1
+    assert max(error.packed for error in aligned.errors) < 1e-4
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1000))
+def test_alignment_changes_no_update(seed):
+    adapters = [random_adapter(seed + i, {"m.weight": (8, 6)}) for i in range(3)]
+    factors = [(a.modules["m.weight"].A, a.modules["m.weight"].B) for a in adapters]
+    for (A, B), (A_new, B_new) in zip(factors, align_gauges(factors), strict=True):
+        np.testing.assert_allclose(B_new @ A_new, B @ A, atol=1e-4)
+
+
+def test_a_task_can_be_added_without_touching_the_others(tmp_path):
+    adapters = tasks_of(3)
+    pack_adapters(adapters, tmp_path / "pack", directions=2)
+    before = open_pack(tmp_path / "pack").unpack("task0")
+    known = open_pack(tmp_path / "pack").add("again", adapters["task1"])
+    assert known < 1e-5
+    fresh = random_adapter(77, SHAPES)
+    error = open_pack(tmp_path / "pack").add("fresh", fresh)
+    pack = open_pack(tmp_path / "pack")
+    assert pack.tasks == ("task0", "task1", "task2", "again", "fresh")
+    assert relative_error(pack.unpack("fresh"), fresh) == pytest.approx(error, rel=1e-4)
+    assert relative_error(pack.unpack("task0"), before) < 1e-7
+
+
+def test_ranks_and_modules_may_differ(tmp_path):
+    adapters = {
+        "x": random_adapter(1, SHAPES, rank=2),
+        "y": random_adapter(2, {"a.weight": (9, 7)}, rank=3),
+    }
+    pack_adapters(adapters, tmp_path / "pack", directions=1)
+    pack = open_pack(tmp_path / "pack")
+    for task, adapter in adapters.items():
+        assert set(pack.unpack(task).modules) == set(adapter.modules)
+        assert relative_error(pack.unpack(task), adapter) < 1e-5
+
+
+def test_half_precision_packs_take_half_the_bytes(tmp_path):
+    for name, dtype in (("half", ml_dtypes.bfloat16), ("full", np.float32)):
+        pack_adapters(tasks_of(4, dtype=dtype), tmp_path / name, directions=1)
+    sizes = [
+        sum(i.nbytes for i in open_pack(tmp_path / name).basis.tensors.values())
+        for name in ("half", "full")
+    ]
+    assert sizes[0] * 2 == sizes[1]
+
+
+@pytest.mark.parametrize(("ratio", "rank", "tasks"), [(0.35, 16, 8), (0.7, 16, 8), (0.9, 8, 20)])
+def test_a_ratio_is_used_up_but_not_exceeded(ratio, rank, tasks):
+    directions = directions_for(ratio, rank, tasks)
+    assert storage_ratio(directions, rank, tasks) <= ratio + 1e-9
+    assert storage_ratio(directions + 1, rank, tasks) > ratio
+
+
+def test_the_honest_comparator_wins_on_unrelated_tasks(tmp_path):
+    report = pack_adapters(tasks_of(8), tmp_path / "unrelated", ratio=0.75)
+    assert report.recommended == "rank truncation"
+    swollen = pack_adapters(tasks_of(3), tmp_path / "swollen", directions=2)
+    assert swollen.ratio >= 1
+    assert swollen.recommended == "keep the adapters"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({}, "give either directions or ratio"),
+        ({"directions": 1, "ratio": 0.5}, "give either directions or ratio"),
+    ],
+)
+def test_a_pack_needs_one_budget(fields, message, tmp_path):
+    with pytest.raises(FusekitError, match=message):
+        pack_adapters(tasks_of(2), tmp_path / "pack", **fields)
+
+
+def test_what_a_pack_cannot_hold_is_named(tmp_path):
+    module = random_adapter(1, SHAPES).modules["a.weight"]
+    biased = make_adapter(dataclasses.replace(module, bias=np.ones(9, "f4")))
+    with pytest.raises(CheckpointError, match=r"'a\.weight' has a bias"):
+        pack_adapters({"x": biased}, tmp_path / "pack", directions=1)
+    saved = dataclasses.replace(random_adapter(1, SHAPES), replacements={"h.weight": module.A})
+    with pytest.raises(CheckpointError, match=r"'h\.weight' is saved whole"):
+        pack_adapters({"x": saved}, tmp_path / "pack", directions=1)
+    pack_adapters(tasks_of(2), tmp_path / "pack", directions=1)
+    pack = open_pack(tmp_path / "pack")
+    with pytest.raises(FusekitError, match="no task 'nope'"):
+        pack.unpack("nope")
+    with pytest.raises(FusekitError, match="'task0' exists already"):
+        pack.add("task0", random_adapter(1, SHAPES))
+    with pytest.raises(CheckpointError, match=r"rank 9, in 7.*the pack holds rank 4"):
+        pack.add("big", random_adapter(1, {"a.weight": (9, 7)}, rank=9))
+    with pytest.raises(CheckpointError, match=re.escape("not a pack of adapters")):
+        open_pack(tmp_path)
