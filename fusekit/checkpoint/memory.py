@@ -44,7 +44,8 @@ def array_bytes(array: Any) -> tuple[DType, tuple[int, ...], memoryview]:
         FusekitError: an array type or element type that checkpoints do not have.
     """
     if isinstance(array, (np.ndarray, np.generic)):
-        flat = np.ascontiguousarray(array)
+        native = np.asarray(array).dtype.newbyteorder("=")
+        flat = np.ascontiguousarray(array, dtype=native)
         dtype = dtype_of(flat.dtype)
         return dtype, np.shape(array), flat.reshape(-1).view(np.uint8).data
     torch = sys.modules.get("torch")
