@@ -47,10 +47,10 @@ def tangent(x: Array, work: Array, powers: Array) -> None:
     one, two = kind(1.0), kind(2.0)
     c3, c5, c7, c9 = kind(-1 / 3), kind(2 / 15), kind(-17 / 315), kind(62 / 2835)
     small = kind(0.25)
-    biggest = x.dtype.type(0)
+    large = 0
     for i in range(x.size):
-        biggest = max(biggest, abs(x[i]))
-    if biggest > small:
+        large += abs(x[i]) > small
+    if large:
         for i in range(x.size):
             work[i] = -two * abs(x[i])
         exponential(work, powers)
