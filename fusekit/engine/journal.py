@@ -42,7 +42,7 @@ def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:
         return {}
     lines = path.read_text(encoding="utf-8").splitlines()
     entries = [entry for entry in map(_parsed, lines) if entry is not None]
-    if not entries:
+    if len(entries) < 2:  # no tensor was finished: there is nothing to continue or to lose
         return {}
     _check_same(entries[0], subject(plan), folder)
     return {entry["tensor"]: entry["checksum"] for entry in entries[1:]}
