@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
-from fusekit.checkpoint.dtypes import DType
+from fusekit.checkpoint.dtypes import DTYPES, DType
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.plan import PlannedTensor
 from fusekit.errors import CheckpointError
@@ -16,8 +18,11 @@ from fusekit.methods.base import Block, Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK_ELEMENTS = 32768
-"""Default block: a handful of decoded rows of it fit the second-level cache."""
+BLOCK_ELEMENTS = 65536
+"""Default block: its decoded rows stay in the cache, and Python's share of the work is small."""
+
+MAX_VIEWS = 256
+"""Views of working memory that are remembered; shapes beyond the usual few are the tails."""
 
 _F8 = {"F8_E4M3": (3, 7, 0x7E, 0x7F, 0x7F), "F8_E5M2": (2, 15, 0x7B, 0x7C, 0x7E)}
 """mantissa bits, bias, codes of the largest finite value, of infinity's replacement and of NaN."""
@@ -30,16 +35,24 @@ class Workspace:
         self.block_elements = block_elements
         self.bytes_read = 0
         self._buffers: dict[str, Array] = {}
-        self._tables: dict[str, Array] = {}
+        self._views: dict[tuple[str, tuple[int, ...], Any], Array] = {}
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Uninitialised memory, the same each time for the same name."""
-        wanted = np.dtype(dtype)
-        nbytes = int(np.prod(shape)) * wanted.itemsize
+        key = (name, shape, dtype)
+        view = self._views.get(key)
+        if view is None:
+            view = self._views[key] = self._make_view(name, shape, np.dtype(dtype))
+        return view
+
+    def _make_view(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+        nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
-        if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
-        view: Array = buffer[:nbytes].view(wanted).reshape(shape)
+        if buffer is None or buffer.nbytes < nbytes or len(self._views) >= MAX_VIEWS:
+            if buffer is None or buffer.nbytes < nbytes:
+                buffer = self._buffers[name] = np.empty(nbytes, np.uint8)
+            self._views.clear()  # views keep outgrown buffers alive
+        view: Array = buffer[:nbytes].view(dtype).reshape(shape)
         return view
 
     def read(self, source: TensorSource, name: str, start: int, stop: int, out: Array) -> None:
@@ -54,35 +67,30 @@ class Workspace:
 
     def decode(self, raw: Array, dtype: DType, out: Array) -> int:
         """Elements of a floating-point type -> a row of the compute type; counts NaN and Inf."""
-        if dtype.numpy == out.dtype:
-            out[:] = raw.view(out.dtype)
-            return int(codecs.count_nonfinite(out))
-        if out.dtype != np.float32:
-            narrow = raw.view(np.float64) if dtype.name == "F64" else self._narrow(raw, dtype)
+        if out.dtype == np.float32:
+            if dtype.name == "BF16":
+                return int(codecs.decode_bf16(raw.view(np.uint16), out))
+            if dtype.name == "F16":
+                return int(codecs.decode_f16(raw.view(np.uint16), out))
+            if dtype.name in _F8:
+                return int(codecs.decode_table(raw, _f8_values(dtype.name), out))
+            out[:] = raw.view(np.float32)
+        elif dtype.name == "F64":
+            out[:] = raw.view(np.float64)
+        else:
+            narrow = self.scratch("narrow", (out.size,), np.float32)
+            self.decode(raw, dtype, narrow)
             out[:] = narrow
-            return int(codecs.count_nonfinite(out))
-        if dtype.name == "BF16":
-            return int(codecs.decode_bf16(raw.view(np.uint16), out))
-        if dtype.name == "F16":
-            return int(codecs.decode_f16(raw.view(np.uint16), out))
-        return int(codecs.decode_table(raw, self._table(dtype), out))
-
-    def _narrow(self, raw: Array, dtype: DType) -> Array:
-        narrow = self.scratch("narrow", (raw.nbytes // dtype.itemsize,), np.float32)
-        self.decode(raw, dtype, narrow)
-        return narrow
-
-    def _table(self, dtype: DType) -> Array:
-        if dtype.name not in self._tables:
-            codes = np.arange(256, dtype=np.uint8).view(dtype.numpy)
-            self._tables[dtype.name] = codes.astype(np.float32)
-        return self._tables[dtype.name]
+        return int(codecs.count_nonfinite(out))
 
     def encode(self, row: Array, dtype: DType) -> tuple[Array, int]:
         """A row -> bytes of a floating-point type, and how many values left its finite range."""
-        if dtype.numpy == row.dtype:
+        if dtype.name == "F32" and row.dtype == np.float32:
             return row.view(np.uint8), 0
         out = self.scratch("encoded", (row.size * dtype.itemsize,), np.uint8)
+        if dtype.name == "F64":
+            out.view(np.float64)[:] = row
+            return out, 0
         if row.dtype == np.float64:
             narrow = self.scratch("narrow", (row.size,), np.float32)
             if dtype.name == "F32":
@@ -92,14 +100,18 @@ class Workspace:
                 return narrow.view(np.uint8), overflows
             codecs.narrow_to_odd(row, narrow)
             row = narrow
-        elif dtype.name == "F64":
-            out.view(np.float64)[:] = row
-            return out, 0
         if dtype.name == "BF16":
             return out, int(codecs.encode_bf16(row, out.view(np.uint16)))
         if dtype.name == "F16":
             return out, int(codecs.encode_f16(row, out.view(np.uint16)))
         return out, int(codecs.encode_f8(row, out, *_F8[dtype.name]))
+
+
+@functools.cache
+def _f8_values(name: str) -> Array:
+    """The float32 values of a one-byte type's 256 codes."""
+    values: Array = np.arange(256, dtype=np.uint8).view(DTYPES[name].numpy).astype(np.float32)
+    return values
 
 
 Fetch = Callable[[int, int, int], Array]
@@ -159,18 +171,21 @@ class BlockReader:
         space, planned = self.space, self.planned
         length = stop - start
         rows = space.scratch("rows", (len(planned.models), length), self.compute)
-        for index, row in enumerate(rows):
-            self._decode(index, start, stop, row)
         base = space.scratch("base", (length if planned.base else 0,), self.compute)
         if planned.base is not None:
-            self._decode(-1, start, stop, base)
-            if request.deltas:
-                linear.subtract(rows, base)
+            raw = self.fetch(-1, start, stop)
+            self.nonfinite[-1] += space.decode(raw, planned.base.dtype, base)
+        for index, ref in enumerate(planned.models):
+            raw = self.fetch(index, start, stop)
+            row = rows[index]
+            if not request.deltas or planned.base is None:
+                self.nonfinite[index] += space.decode(raw, ref.dtype, row)
+            elif ref.dtype.name == "BF16" and self.compute == np.float32:
+                self.nonfinite[index] += codecs.decode_bf16_delta(raw.view(np.uint16), base, row)
+            else:
+                self.nonfinite[index] += space.decode(raw, ref.dtype, row)
+                linear.subtract(rows[index : index + 1], base)
         return Block(planned.tensor, rows, base, start, space.scratch)
-
-    def _decode(self, index: int, start: int, stop: int, out: Array) -> None:
-        raw = self.fetch(index, start, stop)
-        self.nonfinite[index] += self.space.decode(raw, self.planned.operand(index).dtype, out)
 
 
 def block_length(unit: int, block_elements: int) -> int:

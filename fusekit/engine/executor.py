@@ -25,7 +25,7 @@ from fusekit.engine.blocks import (
     streaming,
 )
 from fusekit.engine.checksum import CHUNK_ELEMENTS, ChunkDigests
-from fusekit.engine.passes import Accumulator, Span, accumulator
+from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, RecipeError
 from fusekit.kernels import GRANULE
@@ -33,7 +33,7 @@ from fusekit.methods.base import Combine, Copy, Summary
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-RESIDENT_BYTES = 32 << 20
+RESIDENT_BYTES = 48 << 20
 """A tensor whose operands fit is read once by one worker, however many scans its method needs."""
 
 
@@ -371,7 +371,7 @@ class Executor:
         planned, combine = job.planned, job.combine
         assert combine is not None
         whole = Span(0, 0, planned.size)
-        divisible = job.copies_bytes or combine.unit(planned.shape) == 1
+        divisible = job.copies_bytes or is_divisible(combine, planned)
         pieces = _split(whole) if divisible else [whole]
         job.pending = len(pieces)
 

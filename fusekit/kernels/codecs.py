@@ -18,6 +18,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXPONENT = np.uint32(0x7F800000)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
+_BF16_OVERFLOW = np.uint32(0x7F7F8000)
 _TWO_23 = np.float32(8388608.0)
 
 
@@ -39,6 +40,19 @@ def decode_bf16(raw: Array, out: Array) -> int:
         wide = np.uint32(raw[i]) << np.uint32(16)
         bits[i] = wide
         nonfinite += (wide & _EXPONENT) == _EXPONENT
+    return nonfinite
+
+
+@njit(nogil=True, cache=True)
+def decode_bf16_delta(raw: Array, base: Array, out: Array) -> int:
+    """uint16 bits of bfloat16 minus a float32 base -> float32."""
+    bits = out.view(np.uint32)
+    nonfinite = 0
+    for i in range(raw.size):
+        wide = np.uint32(raw[i]) << np.uint32(16)
+        bits[i] = wide
+        nonfinite += (wide & _EXPONENT) == _EXPONENT
+        out[i] -= base[i]
     return nonfinite
 
 
@@ -73,14 +87,20 @@ def decode_table(raw: Array, table: Array, out: Array) -> int:
 def encode_bf16(row: Array, out: Array) -> int:
     """float32 -> uint16 bits of bfloat16, round to nearest even."""
     bits = row.view(np.uint32)
-    overflows = 0
+    largest = np.uint32(0)
     for i in range(row.size):
         b = bits[i]
-        rounded = (b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-        quiet = (b >> np.uint32(16)) | np.uint32(0x40)
-        magnitude = b & _MAGNITUDE
-        out[i] = np.uint16(quiet if magnitude > _EXPONENT else rounded)
-        overflows += (magnitude >= np.uint32(0x7F7F8000)) & (magnitude < _EXPONENT)
+        rounded = b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))
+        out[i] = np.uint16(rounded >> np.uint32(16))
+        largest = max(largest, b & _MAGNITUDE)
+    if largest < _BF16_OVERFLOW:
+        return 0
+    overflows = 0
+    for i in range(row.size):
+        magnitude = bits[i] & _MAGNITUDE
+        if magnitude > _EXPONENT:  # rounding may have carried a NaN into infinity
+            out[i] = np.uint16((bits[i] >> np.uint32(16)) | np.uint32(0x40))
+        overflows += (magnitude >= _BF16_OVERFLOW) & (magnitude < _EXPONENT)
     return overflows
 
 
@@ -106,7 +126,7 @@ def encode_f16(row: Array, out: Array) -> int:
     return overflows
 
 
-@njit(nogil=True, cache=True)
+@njit(nogil=True, cache=True, error_model="numpy")
 def encode_f8(
     row: Array,
     out: Array,
@@ -155,6 +175,3 @@ def narrow_to_odd(row: Array, out: Array) -> None:
                 bits[i] += np.uint32(1)
 
 
-def f8_table(values: Array) -> Array:
-    """The 256 float32 values of a one-byte type, given as an array of that type."""
-    return values.astype(np.float32)

@@ -33,13 +33,26 @@ def weighted_sum(rows: Array, weights: Array, base: Array, base_weight: float, o
             part = base[start:stop]
             for i in range(total.size):
                 total[i] = base_weight * np.float64(part[i])
-        else:
+            done = 0
+        elif n == 0:
             total[:] = 0.0
-        for r in range(n):
-            weight = weights[r]
-            part = rows[r, start:stop]
+            done = 0
+        else:
+            part = rows[0, start:stop]
             for i in range(total.size):
-                total[i] += weight * np.float64(part[i])
+                total[i] = weights[0] * np.float64(part[i])
+            done = 1
+        # Two rows a sweep: the accumulator is loaded and stored half as often.
+        while done + 1 < n:
+            left, right = rows[done, start:stop], rows[done + 1, start:stop]
+            a, b = weights[done], weights[done + 1]
+            for i in range(total.size):
+                total[i] = (total[i] + a * np.float64(left[i])) + b * np.float64(right[i])
+            done += 2
+        if done < n:
+            part, a = rows[done, start:stop], weights[done]
+            for i in range(total.size):
+                total[i] += a * np.float64(part[i])
         target = out[start:stop]
         for i in range(total.size):
             target[i] = total[i]
@@ -61,20 +74,27 @@ def indexed_sum(
     """
     n, size = rows.shape
     kinds = weights.shape[1]
+    accumulator = np.empty(_CHUNK, np.float64)
     i = 0
     while i < size:
         k = ((start + i) // repeat) % kinds
-        if repeat == 1:
-            run = min(size - i, kinds - k)
-        else:
-            run = min(size - i, repeat - (start + i) % repeat)
-        step = 1 if repeat == 1 else 0
+        limit = kinds - k if repeat == 1 else repeat - (start + i) % repeat
+        run = min(size - i, limit, _CHUNK)
+        total = accumulator[:run]
+        total[:] = 0.0
+        for r in range(n + 1 if base.size else n):
+            part = base[i : i + run] if r == n else rows[r, i : i + run]
+            if repeat == 1:
+                each = weights[r, k : k + run]
+                for j in range(run):
+                    total[j] += each[j] * np.float64(part[j])
+            else:
+                weight = weights[r, k]
+                for j in range(run):
+                    total[j] += weight * np.float64(part[j])
+        target = out[i : i + run]
         for j in range(run):
-            column = k + step * j
-            total = weights[n, column] * np.float64(base[i + j]) if base.size else 0.0
-            for r in range(n):
-                total += weights[r, column] * np.float64(rows[r, i + j])
-            out[i + j] = total
+            target[j] = total[j]
         i += run
 
 

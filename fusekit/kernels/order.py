@@ -14,6 +14,8 @@ from numba import njit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_CHUNK = 1024
+
 
 @njit(nogil=True, cache=True)
 def magnitude_keys(bits: Array, below_sign: Any, keys: Array) -> None:
@@ -31,16 +33,40 @@ def signed_keys(bits: Array, sign: Any, keys: Array) -> None:
 
 @njit(nogil=True, cache=True)
 def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> int:
-    """Add the keys in [low, high] to `bins` of 2^shift keys each; return how many lie above."""
+    """Add the keys in [low, high] to `bins` of 2^shift keys each; return how many lie above.
+
+    Few keys lie inside: a vectorised sweep marks them, eight marks at a time are then looked at.
+    """
+    marks = np.empty(_CHUNK, np.uint8)
+    eights = marks.view(np.uint64)
+    width = keys.dtype.type(high - low)
     above = 0
-    for i in range(keys.size):
-        key = keys[i]
-        if key >= low:
-            if key <= high:
-                bins[(key - low) >> shift] += 1
-            else:
-                above += 1
+    for start in range(0, keys.size, _CHUNK):
+        part = keys[start : start + _CHUNK]
+        if part.size < _CHUNK:
+            marks[:] = 0
+        over = np.uint32(0)
+        for i in range(part.size):
+            over += np.uint32(part[i] > high)
+            marks[i] = np.uint8(keys.dtype.type(part[i] - low) <= width)
+        above += over
+        for eight in range(eights.size):
+            if eights[eight]:
+                for i in range(8 * eight, 8 * eight + 8):
+                    if marks[i]:
+                        bins[(part[i] - low) >> shift] += 1
     return above
+
+
+@njit(nogil=True, cache=True)
+def find_rank(bins: Array, rank: int) -> tuple[int, int]:
+    """(bin of the rank-th largest key, keys in higher bins); bin -1 if it lies below all."""
+    greater = 0
+    for i in range(bins.size - 1, -1, -1):
+        if greater + bins[i] >= rank:
+            return i, greater
+        greater += bins[i]
+    return -1, greater
 
 
 @njit(nogil=True, cache=True)

@@ -20,7 +20,7 @@ def f8_encoder(*format_of: int) -> Callable[[Array, Array], int]:
 
 
 def f8_decoder(dtype: Any) -> Callable[[Array, Array], int]:
-    table = codecs.f8_table(np.arange(256, dtype=np.uint8).view(dtype))
+    table = np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32)
     return lambda raw, out: int(codecs.decode_table(raw, table, out))
 
 

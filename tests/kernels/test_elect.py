@@ -54,7 +54,7 @@ def test_votes(n: int, election: int) -> None:
     deltas = sparse_deltas(n, 3000, seed=n)
     ballots = np.array([1.0, 0.5, 2.0, 1.0, 0.25])[:n]
     total = np.full(3000, np.nan)
-    elect.votes(deltas, ballots, election, total)
+    elect.votes(deltas, 0, ballots, election, total)
     np.testing.assert_array_equal(total, reference_votes(deltas, ballots, election))
 
 
