@@ -17,9 +17,10 @@ import numpy as np
 from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule
 from fusekit.adapters.foreign_names import to_peft_keys
 from fusekit.checkpoint.memory import MemorySource
+from fusekit.checkpoint.pickles import PickleFile
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.source import TensorSource
-from fusekit.errors import CheckpointError, MissingExtraError
+from fusekit.errors import CheckpointError
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -198,17 +199,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _open_weights(path: Path) -> TensorSource:
-    if path.suffix == ".safetensors":
-        return SafetensorsFile(path)
-    try:
-        import torch
-    except ImportError:
-        raise MissingExtraError(f"reading {path}", "torch") from None
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return MemorySource(tensors, str(path))
-    except Exception as error:
-        raise CheckpointError(f"{path}: not a state dict of plain tensors: {error}") from None
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else PickleFile(path)
 
 
 def _refuse_unsupported(config: Mapping[str, Any], label: str) -> None:

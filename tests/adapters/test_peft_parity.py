@@ -111,3 +111,14 @@ def test_what_we_write_loads_in_peft_without_a_warning(name, tmp_path):
         with torch.no_grad():
             output = model(*inputs()).numpy()
     np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_a_bin_file_reads_like_a_safetensors_file(tmp_path):
+    model = trained(OPTIONS["dora"])
+    model.save_pretrained(tmp_path / "new")
+    model.save_pretrained(tmp_path / "old", safe_serialization=False)
+    new, old = load_adapter(tmp_path / "new"), load_adapter(tmp_path / "old")
+    assert set(new.modules) == set(old.modules)
+    for name, module in new.modules.items():
+        for field in ("A", "B", "magnitude"):
+            np.testing.assert_array_equal(getattr(module, field), getattr(old.modules[name], field))

@@ -1,0 +1,356 @@
+"""`fusekit adapter`: merge, extract, pack and describe LoRA adapters."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from fusekit.adapters.extract import ExtractReport
+    from fusekit.adapters.info import AdapterInfo, Overlap
+    from fusekit.adapters.reversible import PackReport
+
+app = typer.Typer(
+    no_args_is_help=True, help="Merge, extract, pack and describe LoRA adapters (PEFT folders)."
+)
+
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+
+
+class Method(StrEnum):
+    """How adapters are merged."""
+
+    linear = "linear"
+    cat = "cat"
+    svd = "svd"
+    ties = "ties"
+    ties_svd = "ties_svd"
+    dare_linear = "dare_linear"
+    dare_linear_svd = "dare_linear_svd"
+    dare_ties = "dare_ties"
+    dare_ties_svd = "dare_ties_svd"
+    magnitude_prune = "magnitude_prune"
+    magnitude_prune_svd = "magnitude_prune_svd"
+    lora_lego = "lora_lego"
+    knots_linear = "knots_linear"
+    knots_ties = "knots_ties"
+    knots_dare_ties = "knots_dare_ties"
+
+
+class MajoritySign(StrEnum):
+    """What TIES counts when it elects a sign."""
+
+    total = "total"
+    frequency = "frequency"
+
+
+class Convention(StrEnum):
+    """Whose conventions a merge follows."""
+
+    fusekit = "fusekit"
+    peft = "peft"
+
+
+class Decomposition(StrEnum):
+    """How dense results are decomposed."""
+
+    auto = "auto"
+    exact = "exact"
+    randomized = "randomized"
+
+
+class Replacements(StrEnum):
+    """What becomes of tensors that several adapters save whole."""
+
+    error = "error"
+    first = "first"
+    average = "average"
+
+
+class ExtractSvd(StrEnum):
+    """How differences are decomposed."""
+
+    randomized = "randomized"
+    exact = "exact"
+
+
+class Embeddings(StrEnum):
+    """What becomes of embeddings and output heads."""
+
+    save = "save"
+    lora = "lora"
+    skip = "skip"
+
+
+class Biases(StrEnum):
+    """What becomes of the biases of decomposed layers."""
+
+    lora = "lora"
+    save = "save"
+    skip = "skip"
+
+
+class Others(StrEnum):
+    """What becomes of norms and other tensors that do not decompose."""
+
+    save = "save"
+    skip = "skip"
+
+
+@app.command()
+def merge(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, or LoRA files.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    method: Annotated[Method, typer.Option(help="How adapters are merged.")] = Method.svd,
+    weight: Annotated[
+        list[float] | None,
+        typer.Option(help="Weight of an adapter; repeat, one per adapter.", show_default=False),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the result.")] = None,
+    parameter_budget: Annotated[
+        int | None, typer.Option(min=1, help="Factor entries to share out over all modules.")
+    ] = None,
+    density: Annotated[float | None, typer.Option(help="Fraction of entries kept.")] = None,
+    majority_sign: Annotated[
+        MajoritySign, typer.Option(help="What TIES counts.")
+    ] = MajoritySign.total,
+    convention: Annotated[
+        Convention, typer.Option(help="peft: as PEFT's add_weighted_adapter.")
+    ] = Convention.fusekit,
+    svd: Annotated[
+        Decomposition, typer.Option(help="Decomposition of dense results.")
+    ] = Decomposition.auto,
+    replacements: Annotated[
+        Replacements, typer.Option(help="Tensors several adapters save whole.")
+    ] = Replacements.error,
+    restarts: Annotated[int, typer.Option(min=1, help="Runs of k-means (lora_lego).")] = 1,
+    canonicalize: Annotated[
+        bool, typer.Option("--canonicalize", help="Align signs and sizes first (lora_lego).")
+    ] = False,
+    base: Annotated[str | None, typer.Option(help="Base model, needed for DoRA adapters.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
+) -> None:
+    """Merge ADAPTERS of one base model into one adapter."""
+    from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
+    from fusekit.adapters.lego import LegoOptions
+    from fusekit.checkpoint.folder import open_checkpoint
+
+    options = MergeOptions(
+        rank=rank,
+        parameter_budget=parameter_budget,
+        density=density,
+        majority_sign_method=majority_sign.value,
+        convention=convention.value,
+        svd=svd.value,
+        replacements=replacements.value,
+        seed=seed,
+        lego=LegoOptions(restarts=restarts, canonicalize=canonicalize),
+    )
+    source = None if base is None else open_checkpoint(base).source
+    names = None if source is None else list(source.tensors)
+    loaded = [load_adapter(path, names) for path in adapters]
+    merged = merge_adapters(loaded, method.value, weight or None, options, source)
+    write_adapter(merged, out, threads)
+    typer.echo(f"{out}: {method.value} of {len(adapters)} adapters, {len(merged.modules)} modules")
+
+
+@app.command()
+def extract(
+    base: Annotated[str, typer.Argument(help="The model the adapter will be put on.")],
+    model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    rank: Annotated[int, typer.Option(min=1, help="Largest rank of a module.")] = 128,
+    energy: Annotated[
+        float | None, typer.Option(help="Keep this share of every squared norm, up to --rank.")
+    ] = None,
+    parameter_budget: Annotated[
+        int | None, typer.Option(min=1, help="Factor entries to share out over all modules.")
+    ] = None,
+    sv_epsilon: Annotated[float, typer.Option(help="Drop singular values up to this.")] = 0.0,
+    svd: Annotated[ExtractSvd, typer.Option(help="Decomposition.")] = ExtractSvd.randomized,
+    distribute: Annotated[
+        bool, typer.Option(help="Share singular values between both factors.")
+    ] = True,
+    include: Annotated[
+        list[str] | None,
+        typer.Option(help="Regular expression of modules to take; repeat.", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Regular expression of modules to leave; repeat.", show_default=False),
+    ] = None,
+    embeddings: Annotated[
+        Embeddings, typer.Option(help="Embeddings and output heads.")
+    ] = Embeddings.save,
+    biases: Annotated[Biases, typer.Option(help="Biases of decomposed layers.")] = Biases.lora,
+    others: Annotated[Others, typer.Option(help="Norms and the like.")] = Others.save,
+    seed: Annotated[int, typer.Option(help="Seed of the randomized decomposition.")] = 0,
+) -> None:
+    """Turn the difference of MODEL and BASE into an adapter."""
+    from fusekit.adapters import ExtractOptions, extract_adapter
+    from fusekit.checkpoint.folder import open_checkpoint
+
+    opened = open_checkpoint(base)
+    config = opened.config() or {}
+    options = ExtractOptions(
+        rank=rank,
+        energy=energy,
+        parameter_budget=parameter_budget,
+        sv_epsilon=sv_epsilon,
+        svd=svd.value,
+        seed=seed,
+        distribute=distribute,
+        include=tuple(include or ()),
+        exclude=tuple(exclude or ()),
+        embeddings=embeddings.value,
+        biases=biases.value,
+        others=others.value,
+        conv1d=config.get("model_type") in CONV1D_MODELS,
+    )
+    fields = {"base_model_name_or_path": base, "task_type": _task_type(config)}
+    tuned = open_checkpoint(model).source
+    _print_extraction(out, extract_adapter(opened.source, tuned, out, options, fields))
+
+
+@app.command()
+def pack(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders; names become tasks.")],
+    out: Annotated[Path, typer.Argument(help="Pack to write, or with --add to extend.")],
+    directions: Annotated[
+        int | None, typer.Option(min=0, help="Directions kept per position.")
+    ] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="Instead: storage relative to all adapters.")
+    ] = None,
+    align: Annotated[
+        bool, typer.Option("--align", help="Turn rank spaces towards each other first.")
+    ] = False,
+    add: Annotated[
+        bool, typer.Option("--add", help="Add to a pack that exists, without refitting.")
+    ] = False,
+) -> None:
+    """Store ADAPTERS as one shared basis and a few coefficients per task (reversible merging)."""
+    from fusekit.adapters import load_adapter
+    from fusekit.adapters.reversible import open_pack, pack_adapters
+    from fusekit.errors import FusekitError
+
+    named = {path.name: load_adapter(path) for path in adapters}
+    if len(named) < len(adapters):
+        raise FusekitError("two adapter folders have the same name, which would be their task's")
+    if add:
+        for task, adapter in named.items():
+            error = open_pack(out).add(task, adapter)
+            typer.echo(f"{task}: added, relative error {error:.4f}")
+        return
+    if directions is None and ratio is None:
+        directions = 1
+    report = pack_adapters(named, out, directions=directions, ratio=ratio, align=align)
+    _print_pack(out, report)
+
+
+@app.command()
+def unpack(
+    pack: Annotated[Path, typer.Argument(help="A pack.")],
+    out: Annotated[Path, typer.Argument(help="Adapter folder to write; must not exist.")],
+    task: Annotated[str, typer.Option(help="The task whose adapter to rebuild.")],
+) -> None:
+    """Rebuild the adapter of one task of a PACK."""
+    from fusekit.adapters import write_adapter
+    from fusekit.adapters.reversible import open_pack
+
+    write_adapter(open_pack(pack).unpack(task), out)
+    typer.echo(f"{out}: task {task} of {pack}")
+
+
+@app.command()
+def info(
+    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, or LoRA files.")],
+    modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+) -> None:
+    """Ranks, scalings and norms; with several ADAPTERS also how far they overlap."""
+    from fusekit.adapters import load_adapter
+    from fusekit.adapters.info import compare_adapters, describe_adapter
+
+    loaded = [load_adapter(path) for path in adapters]
+    for adapter in loaded:
+        _print_info(describe_adapter(adapter), modules)
+    if len(loaded) > 1:
+        _print_overlap(compare_adapters(loaded))
+
+
+def _task_type(config: dict[str, object]) -> str | None:
+    """PEFT's name of the task, read off the architecture's."""
+    architectures = config.get("architectures")
+    name = str(architectures[0]) if isinstance(architectures, list) and architectures else ""
+    endings = {
+        "ForCausalLM": "CAUSAL_LM",
+        "LMHeadModel": "CAUSAL_LM",
+        "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+        "ForSequenceClassification": "SEQ_CLS",
+        "ForTokenClassification": "TOKEN_CLS",
+        "ForQuestionAnswering": "QUESTION_ANS",
+    }
+    return next((task for ending, task in endings.items() if name.endswith(ending)), None)
+
+
+def _print_extraction(out: Path, report: ExtractReport) -> None:
+    for module in report.modules:
+        note = "  larger than the full matrix" if module.wasteful else ""
+        typer.echo(f"{module.residual:8.2%} missed  rank {module.rank:4}  {module.name}{note}")
+    typer.echo(
+        f"{out}: {len(report.modules)} modules, {report.residual:.2%} of their difference missed; "
+        f"{len(report.saved)} tensors saved whole, {report.unchanged} unchanged"
+    )
+    for name in report.lost:
+        typer.echo(f"note: {name} differs but is not in the adapter", err=True)
+
+
+def _print_pack(out: Path, report: PackReport) -> None:
+    typer.echo(f"{'task':24}  reversible  truncated to rank {report.truncated_rank:.1f}")
+    for error in report.errors:
+        typer.echo(f"{error.task:24}  {error.packed:10.4f}  {error.truncated:10.4f}")
+    typer.echo(
+        f"{out}: {report.directions} directions, {report.ratio:.3f} of the adapters' size; "
+        f"recommended: {report.recommended}"
+    )
+
+
+def _print_info(info: AdapterInfo, modules: bool) -> None:
+    ranks = sorted({module.rank for module in info.modules})
+    scalings = sorted({round(module.scaling, 6) for module in info.modules})
+    extras = [
+        f"DoRA on {sum(m.dora for m in info.modules)}" * any(m.dora for m in info.modules),
+        f"biases on {sum(m.bias for m in info.modules)}" * any(m.bias for m in info.modules),
+        f"{len(info.replacements)} tensors saved whole" * bool(info.replacements),
+    ]
+    typer.echo(
+        f"{info.label}: {len(info.modules)} modules, {info.parameters} parameters, "
+        f"rank {', '.join(map(str, ranks))}, scaling {', '.join(f'{s:g}' for s in scalings)}, "
+        f"norm {info.norm:.4g}" + "".join(f", {extra}" for extra in extras if extra)
+    )
+    if not modules:
+        return
+    for module in info.modules:
+        typer.echo(
+            f"  {module.name}  {module.kind} {list(module.shape)}  rank {module.rank}  "
+            f"scaling {module.scaling:g}  norm {module.norm:.4g}  "
+            f"stable rank {module.stable_rank:.1f}"
+        )
+    for name, shape in info.replacements:
+        typer.echo(f"  {name}  whole {list(shape)}")
+
+
+def _print_overlap(overlap: Overlap) -> None:
+    tables = {
+        "cosine": overlap.cosine,
+        "output spaces (mean squared cosine)": overlap.output,
+        "input spaces (mean squared cosine)": overlap.input,
+    }
+    for title, matrix in tables.items():
+        typer.echo(title)
+        for row in matrix:
+            typer.echo("  " + " ".join(f"{value:7.3f}" for value in row))
