@@ -13,7 +13,7 @@ from typing import Any
 GRANULE = 8192
 """Elements per partial sum. Blocks start at multiples of it."""
 
-_SUBMODULES = ("codecs", "columns", "compare", "compete", "elect", "gram", "linear", "order", "random")
+_SUBMODULES = ("codecs", "columns", "columnwise", "compare", "compete", "elect", "gram", "linear", "order", "random")
 
 
 def __getattr__(name: str) -> Any:

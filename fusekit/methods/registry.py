@@ -8,7 +8,7 @@ import importlib
 from fusekit.errors import RecipeError, did_you_mean
 from fusekit.methods.base import Method
 
-_FAMILIES = ("linear", "spherical", "task_vectors", "passthrough", "pcb")
+_FAMILIES = ("linear", "spherical", "task_vectors", "passthrough", "pcb", "widen")
 
 
 @functools.cache
