@@ -21,6 +21,9 @@ from fusekit.errors import CheckpointError
 MAX_HEADER_BYTES = 100_000_000
 """The format's own limit on the header, in bytes."""
 
+MAX_DIMENSIONS = 64
+"""As NumPy and PyTorch have it. Keeps hostile shapes from being expensive to multiply out."""
+
 INDEX_SUFFIX = ".safetensors.index.json"
 
 Extent = tuple[TensorInfo, int, int]
@@ -103,12 +106,18 @@ def _extent(name: str, entry: Any, data_start: int, label: str) -> Extent:
         shape = tuple(shape)
     except (TypeError, KeyError, ValueError):
         raise CheckpointError(f"{place}: expected dtype, shape and two data_offsets") from None
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         known = ", ".join(DTYPES)
-        raise CheckpointError(f"{place}: dtype {dtype_name!r} is not supported (known: {known})")
+        raise CheckpointError(
+            f"{place}: dtype {dtype_name!r:.40} is not supported (known: {known})"
+        )
+    if len(shape) > MAX_DIMENSIONS:
+        raise CheckpointError(
+            f"{place}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}"
+        )
     numbers = (*shape, begin, end)
-    if any(type(number) is not int or number < 0 for number in numbers):
-        raise CheckpointError(f"{place}: shape and offsets must be non-negative integers")
+    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+        raise CheckpointError(f"{place}: shape and offsets must be non-negative 64-bit integers")
     dtype = DTYPES[dtype_name]
     expected = math.prod(shape) * dtype.itemsize
     if end - begin != expected:
