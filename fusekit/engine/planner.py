@@ -149,6 +149,7 @@ def plan_checkpoints(
             model_parameters=model_parameters,
             keys=tuple(random_key(recipe.seed, i, name) for i in range(len(models))),
             masks=tuple(None if m is None else m.get(name) for m in masks),
+            granularity=recipe.granularity,
         )
         refs = tuple(_ref(checkpoints, source, name) for source in models)
         base_ref = None if base is None else _ref(checkpoints, base, name)
@@ -196,6 +197,9 @@ def _ref(checkpoints: Sequence[Checkpoint], source: int, name: str) -> TensorRef
 def _group(name: str, layer: Layer | None, granularity: Granularity) -> str:
     if granularity == "model":
         return "model"
+    if granularity == "module" and layer is not None:
+        block = f"{layer.stack}.{layer.index}.".lstrip(".")
+        return f"module:{block}{name.removeprefix(block).split('.')[0]}"
     if granularity == "layer" and layer is not None:
         return f"layer:{layer.stack}.{layer.index}"
     return f"tensor:{name}"

@@ -277,7 +277,8 @@ def merge_state_dicts(
         base: the common ancestor (task-vector methods), or the first of the models (SLERP).
         parameters: global parameters: scalars, gradients or filter lists, as in a recipe.
         model_parameters: one mapping per model.
-        granularity: over what summaries are taken: `tensor`, `layer` or `model`.
+        granularity: over what summaries are taken: `tensor`, `module` (the tensors of one submodule
+            of a layer), `layer` or `model`.
         seed: of random methods.
         out_dtype: element type of the result, such as `bfloat16`; default the base's (or first's).
         masks: explicit keep masks per model for random methods (0 or 1, the tensors' shapes).

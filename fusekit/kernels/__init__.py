@@ -13,7 +13,23 @@ from typing import Any
 GRANULE = 8192
 """Elements per partial sum. Blocks start at multiples of it."""
 
-_SUBMODULES = ("codecs", "columns", "columnwise", "compare", "compete", "elect", "gram", "linear", "order", "random")
+_SUBMODULES = (
+    "codecs",
+    "columns",
+    "columnwise",
+    "compare",
+    "compete",
+    "elect",
+    "gram",
+    "linear",
+    "norms",
+    "order",
+    "overlap",
+    "pairs",
+    "random",
+    "ranks",
+    "thin",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ to be combined. The engine decides how the summaries are measured and over what 
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
-Granularity = Literal["tensor", "layer", "model"]
+Granularity = Literal["tensor", "module", "layer", "model"]
 Scope = Literal["tensor", "group", "model"]
 """Over what a summary is taken: `group` follows the recipe's granularity."""
 
@@ -73,7 +74,9 @@ class Parameter:
 
     def _check_number(self, value: Any) -> Any:
         expected = self.describe_range()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(expected)
+        if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN, Inf, huge integers
             raise ValueError(expected)
         if self.kind == "int":
             if value != int(value):
@@ -127,6 +130,7 @@ class Tensor:
     model_parameters: tuple[Mapping[str, Any], ...]
     keys: tuple[int, ...] = ()
     masks: tuple[Array | None, ...] = ()
+    granularity: Granularity = "tensor"
 
     def __getitem__(self, parameter: str) -> Any:
         return self.parameters[parameter]

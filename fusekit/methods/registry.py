@@ -8,7 +8,23 @@ import importlib
 from fusekit.errors import RecipeError, did_you_mean
 from fusekit.methods.base import Method
 
-_FAMILIES = ("linear", "spherical", "task_vectors", "passthrough", "pcb", "widen")
+_FAMILIES = (
+    "linear",
+    "spherical",
+    "task_vectors",
+    "breadcrumbs",
+    "della",
+    "sce",
+    "pipeline",
+    "model_stock",
+    "arcee_fusion",
+    "nearswap",
+    "ram",
+    "passthrough",
+    "pcb",
+    "widen",
+    "varm",
+)
 
 
 @functools.cache

@@ -5,15 +5,31 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from fusekit.checkpoint.dtypes import DTYPES, dtype_named
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
 
 _FLOATS = [dtype.torch_name for dtype in DTYPES.values() if dtype.is_float]
+
+
+_EXPECTED = {
+    "dict_type": "a mapping",
+    "invalid_key": "a text",
+    "list_type": "a list",
+    "model_type": "a mapping with a model and its parameters",
+    "string_type": "a text",
+    "too_short": "at least one",
+}
+"""Pydantic's kinds of problems in our own words, where its words are about Python."""
+
+Parameters = Annotated[
+    dict[str, Any], BeforeValidator(lambda value: {} if value is None else value)
+]
+"""Parameters as written; an empty `parameters:` in YAML is none."""
 
 
 class _Strict(BaseModel):
@@ -24,7 +40,7 @@ class ModelEntry(_Strict):
     """One model to merge and its own parameters."""
 
     model: str
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
 
 
 class Recipe(_Strict):
@@ -37,11 +53,11 @@ class Recipe(_Strict):
     merge_method: str
     models: list[ModelEntry] = Field(min_length=1)
     base_model: str | None = None
-    parameters: dict[str, Any] = Field(default_factory=dict)
+    parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    granularity: Literal["tensor", "layer", "model"] = "tensor"
-    seed: int = Field(default=0, ge=0, lt=2**64)
+    granularity: Literal["tensor", "module", "layer", "model"] = "tensor"
+    seed: int = Field(default=0, ge=0, lt=2**64, strict=True)
     folder: Path | None = Field(default=None, exclude=True)
 
     @field_validator("dtype", "out_dtype")
@@ -58,6 +74,9 @@ class Recipe(_Strict):
         return dtype.torch_name
 
 
+_KEYS = [name for name in Recipe.model_fields if name != "folder"]
+
+
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
     """A checked recipe from a YAML file, a mapping or a recipe.
 
@@ -72,7 +91,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(source, Recipe):
         return source
     if isinstance(source, Mapping):
-        return _validated(dict(source), "recipe")
+        return _validated(dict(source), "recipe", None)
     path = Path(source)
     try:
         text = path.read_text(encoding="utf-8")
@@ -89,12 +108,14 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if not isinstance(content, dict):
         found = type(content).__name__
         raise RecipeError(f"{path}: expected a mapping with merge_method and models, found {found}")
-    return _validated({**content, "folder": path.absolute().parent}, str(path))
+    return _validated(content, str(path), path.absolute().parent)
 
 
-def _validated(content: dict[str, Any], label: str) -> Recipe:
+def _validated(content: dict[str, Any], label: str, folder: Path | None) -> Recipe:
+    if "folder" in content:
+        raise RecipeError(f"{label}: unknown key 'folder'{did_you_mean('folder', _KEYS)}")
     try:
-        return Recipe.model_validate(content)
+        return Recipe.model_validate({**content, "folder": folder})
     except ValidationError as error:
         raise RecipeError(f"{label}: {_first_problem(error)}") from None
 
@@ -105,17 +126,19 @@ def _first_problem(error: ValidationError) -> str:
     place = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        model = ModelEntry if len(problem["loc"]) > 1 else Recipe
-        known = [name for name in model.model_fields if name != "folder"]
+        known = ModelEntry.model_fields if len(problem["loc"]) > 1 else _KEYS
         return f"unknown key {place!r}{did_you_mean(key, known)}"
     if problem["type"] == "missing":
         return f"{place} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{place}: found {problem['input']!r}, expected {message}"
+    expected = _EXPECTED.get(problem["type"], message)
+    return f"{place}: found {problem['input']!r}, expected {expected}"
 
 
 def _place(location: tuple[int | str, ...]) -> str:
     text = ""
     for part in location:
+        if part == "[key]":  # the part before is the key, not an index
+            break
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else part
     return text
