@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -73,68 +74,65 @@ def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     return Aligned(B @ (left.basis @ u), s, mixing, A)
 
 
-@dataclass(frozen=True, slots=True)
 class Agreement:
-    """What the rules need to know of all layers together.
-
-    Attributes:
-        thresholds: per source, the smallest magnitude kept.
-        majority: sign that entries whose sum is exactly zero take.
-    """
-
-    thresholds: Sequence[float]
-    majority: float
-
-
-def agree(
-    coordinates: Callable[[], Iterator[Layer]],
-    sources: int,
-    density: float,
-    needs_majority: bool,
-) -> Agreement:
-    """Exact global thresholds and the global majority sign, without keeping any coordinates.
+    """What the rules need to know of all layers together, without keeping any coordinates.
 
     The threshold of a source is the k-th smallest of its d magnitudes over all layers, k being
     `d - int(d * density)`; it is found by two counting passes over the magnitudes' bits.
 
     Args:
         coordinates: starts a pass over the layers.
-        density: fraction kept; 1 keeps everything.
+        sources: number of sources.
+        density: fraction kept; 1 keeps everything, without a pass.
     """
-    thresholds = [0.0] * sources
-    if density < 1:
-        thresholds = _global_thresholds(coordinates, sources, density)
-    total = 0.0
-    if needs_majority:
-        for layer in coordinates():
-            total += float(np.sign(_pruned_sum(layer, thresholds)).sum())
-    return Agreement(thresholds, float(np.sign(total)))
+
+    def __init__(
+        self, coordinates: Callable[[], Iterator[Layer]], sources: int, density: float
+    ) -> None:
+        self._coordinates = coordinates
+        self._lock = threading.Lock()
+        self._majority: float | None = None
+        self.thresholds = [0.0] * sources
+        if density < 1:
+            self.thresholds = _global_thresholds(coordinates, sources, density)
+
+    def majority(self) -> float:
+        """Sign of the sum of all elected signs: one more pass, at the first call only."""
+        with self._lock:
+            if self._majority is None:
+                signs = (
+                    np.sign(_pruned_sum(layer, self.thresholds)) for layer in self._coordinates()
+                )
+                self._majority = float(np.sign(sum(float(sign.sum()) for sign in signs)))
+            return self._majority
 
 
 def merge_coordinates(
-    layer: Layer,
-    weights: Sequence[float],
-    rule: Rule,
-    averaged: bool,
-    agreement: Agreement,
+    layer: Layer, weights: Sequence[float], rule: Rule, agreement: Agreement
 ) -> Array:
     """One layer's merged coordinates (k, in).
 
-    `y_i = w_i x_i` on the entries kept (and, for `ties`, of the elected sign), zero elsewhere;
-    their sum, or with `averaged` the sum over the number of non-zero ones.
+    `linear`: the weighted sum of the entries kept. `ties`: of those that agree with the sign of
+    the kept entries' unweighted sum, over the number of non-zero ones. Where kept entries cancel
+    to exactly zero, the majority sign of the whole model is elected.
     """
-    elected = _pruned_sum(layer, agreement.thresholds)
-    sign = np.where(elected == 0, np.float32(agreement.majority), np.sign(elected))
+    kept = {
+        source: np.where(np.abs(x) >= agreement.thresholds[source], x, np.float32(0))
+        for source, x in layer.items()
+    }
+    if rule == "linear":
+        return np.asarray(sum(x * np.float32(weights[source]) for source, x in kept.items()))
+    elected = np.sign(sum(kept.values()))
+    undecided = (elected == 0) & np.any([x != 0 for x in kept.values()], axis=0)
+    if undecided.any():
+        elected[undecided] = agreement.majority()
     total: Array = np.zeros_like(elected)
     count = np.zeros(elected.shape, dtype=np.int32)
-    for source, x in layer.items():
-        mask = np.abs(x) >= agreement.thresholds[source]
-        if rule == "ties":
-            mask &= np.sign(x) == sign
-        masked = x * mask * np.float32(weights[source])
+    for source, x in kept.items():
+        masked = x * (np.sign(x) == elected) * np.float32(weights[source])
         total += masked
         count += masked != 0
-    return total / np.maximum(count, 1).astype(np.float32) if averaged else total
+    return total / np.maximum(count, 1).astype(np.float32)
 
 
 def dropped(layer: Layer, density: float, mask_of: MaskOf) -> Layer:

@@ -17,6 +17,9 @@ Double = npt.NDArray[np.float64]
 GRAM_CUTOFF = 1e-15
 """Directions whose share of a Gram matrix's largest eigenvalue is below this are rounding noise."""
 
+CACHED_ROWS = 1024
+"""Rows of a tall factor that are widened to float64 at a time."""
+
 
 @dataclass(frozen=True, slots=True)
 class ThinSvd:
@@ -77,13 +80,13 @@ class _Core:
     right: Orthogonal
 
 
-def _core(B: Double, A: Double) -> _Core:
+def _core(B: Array, A: Array) -> _Core:
     """The orthogonal factorisations of both sides of a product.
 
     Columns of B are balanced against rows of A within the Gram matrices, so that the cutoff does
     not depend on how a piece's size is shared between its halves.
     """
-    gram_b, gram_a = B.T @ B, A @ A.T
+    gram_b, gram_a = _gram(B), _gram(A.T)
     ratio = balance(np.sqrt(gram_b.diagonal()), np.sqrt(gram_a.diagonal()))
     left = orthogonalize(gram_b * np.outer(ratio, ratio))
     right = orthogonalize(gram_a / np.outer(ratio, ratio))
@@ -91,6 +94,24 @@ def _core(B: Double, A: Double) -> _Core:
         Orthogonal(ratio[:, None] * left.basis, left.R),
         Orthogonal(right.basis / ratio[:, None], right.R),
     )
+
+
+def _gram(tall: Array) -> Double:
+    """`M.T @ M` in float64, from pieces of M that are widened while they are in the cache."""
+    total = np.zeros((tall.shape[1], tall.shape[1]))
+    for start in range(0, tall.shape[0], CACHED_ROWS):
+        wide = tall[start : start + CACHED_ROWS].astype(np.float64)
+        total += wide.T @ wide
+    return total
+
+
+def _wide_product(tall: Array, narrow: Double) -> Array:
+    """`M @ narrow`, multiplied in float64, kept in float32 (or M's type if that is wider)."""
+    out = np.empty((tall.shape[0], narrow.shape[1]), np.result_type(tall.dtype, np.float32))
+    for start in range(0, tall.shape[0], CACHED_ROWS):
+        rows = slice(start, start + CACHED_ROWS)
+        out[rows] = tall[rows].astype(np.float64) @ narrow
+    return out
 
 
 def product_svd(B: Array, A: Array, rank: int | None = None) -> ThinSvd:
@@ -102,16 +123,17 @@ def product_svd(B: Array, A: Array, rank: int | None = None) -> ThinSvd:
     Args:
         rank: keep at most this many triples.
     """
-    wide_b, wide_a = B.astype(np.float64), A.astype(np.float64)
-    core = _core(wide_b, wide_a)
+    core = _core(B, A)
     u, s, vt = np.linalg.svd(core.left.R @ core.right.R.T, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    return ThinSvd(wide_b @ (core.left.basis @ u), s, (vt @ core.right.basis.T) @ wide_a)
+    U = _wide_product(B, core.left.basis @ u)
+    V = _wide_product(A.T, core.right.basis @ vt.T)
+    return ThinSvd(U, s, V.T)
 
 
 def product_singular_values(B: Array, A: Array) -> Double:
     """Singular values of `B @ A`, descending, without forming it."""
-    core = _core(B.astype(np.float64), A.astype(np.float64))
+    core = _core(B, A)
     values = np.linalg.svd(core.left.R @ core.right.R.T, compute_uv=False)
     return np.asarray(values, np.float64)
 

@@ -22,7 +22,7 @@ from fusekit.adapters.combine import (
     magnitude_threshold,
     weighted_sum,
 )
-from fusekit.adapters.knots import Agreement, Layer, agree, align, dropped, merge_coordinates
+from fusekit.adapters.knots import Agreement, Layer, align, dropped, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.linalg import (
     ThinSvd,
@@ -284,8 +284,8 @@ class _MergedModules(Mapping[str, LoraModule]):
             raise KeyError(name)
         rank = self._rank if self._ranks is None else self._ranks[name]
         factors = []
-        for expert in _by_expert(parts):
-            A, B = self._combine(name, expert)
+        for expert, expert_parts in _by_expert(name, parts).items():
+            A, B = self._combine(expert, expert_parts)
             if rank is not None and rank < A.shape[0]:
                 A, B = product_svd(B, A, rank).factors(self._split)
             factors.append((A, B))
@@ -322,10 +322,10 @@ class _MergedModules(Mapping[str, LoraModule]):
     def _allocated(self, budget: int) -> dict[str, int]:
         values, costs = {}, {}
         for name in self._pool.names:
-            experts = _by_expert(self._pool.parts(name))
+            experts = _by_expert(name, self._pool.parts(name))
             spectra = []
-            for parts in experts:
-                A, B = self._combine(name, parts)
+            for expert, parts in experts.items():
+                A, B = self._combine(expert, parts)
                 spectra.append(product_singular_values(B, A))
                 costs[name] = len(experts) * (A.shape[1] + B.shape[0])
             length = max(len(spectrum) for spectrum in spectra)
@@ -334,13 +334,13 @@ class _MergedModules(Mapping[str, LoraModule]):
         return allocate_ranks(values, costs, budget)
 
 
-def _by_expert(parts: Sequence[_Part]) -> list[list[_Part]]:
-    """The parts split into one list per expert of a raw parameter; a plain module has one."""
-    experts = parts[0].module.experts if parts else 1
+def _by_expert(name: str, parts: Sequence[_Part]) -> dict[str, list[_Part]]:
+    """The parts of each expert of a raw parameter, under a name of its own; else all of them."""
+    experts = parts[0].module.experts
     if experts == 1:
-        return [list(parts)]
-    return [
-        [
+        return {name: list(parts)}
+    return {
+        f"{name}[{expert}]": [
             dataclasses.replace(
                 part,
                 A=part.A.reshape(experts, part.module.rank, -1)[expert],
@@ -349,7 +349,7 @@ def _by_expert(parts: Sequence[_Part]) -> list[list[_Part]]:
             for part in parts
         ]
         for expert in range(experts)
-    ]
+    }
 
 
 def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
@@ -512,16 +512,11 @@ class _Knots:
         self._rule: Literal["ties", "linear"] = "linear" if method == "knots_linear" else "ties"
         self._drop = method == "knots_dare_ties"
         density = 1.0 if options.density is None or self._drop else options.density
-        self._agreement: Agreement = agree(
-            self._all_coordinates, len(pool.adapters), density, self._rule == "ties"
-        )
+        self._agreement = Agreement(self._all_coordinates, len(pool.adapters), density)
 
     def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
         basis, layer = self._aligned(name, parts)
-        weights = self._pool.weights
-        merged = merge_coordinates(
-            layer, weights, self._rule, self._rule == "ties", self._agreement
-        )
+        merged = merge_coordinates(layer, self._pool.weights, self._rule, self._agreement)
         return merged, basis.astype(np.float32)
 
     def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Layer]:
@@ -535,8 +530,8 @@ class _Knots:
 
     def _all_coordinates(self) -> Iterator[Layer]:
         for name in self._pool.names:
-            for parts in _by_expert(self._pool.parts(name)):
-                yield self._aligned(name, parts)[1]
+            for expert, parts in _by_expert(name, self._pool.parts(name)).items():
+                yield self._aligned(expert, parts)[1]
 
 
 def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) -> MaskOf:

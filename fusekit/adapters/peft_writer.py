@@ -183,7 +183,7 @@ class AdapterWriter:
                 for path, m in written.items()
                 if alphas[path] != alpha
             },
-            "target_modules": targets,
+            "target_modules": _targets(targets),
             "target_parameters": parameters or None,
             "modules_to_save": self._modules_to_save() or None,
             "bias": self._config.get("bias", "none"),
@@ -285,6 +285,17 @@ def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraM
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _targets(paths: list[str]) -> list[str] | str:
+    """The modules as a list, or as an expression where a list would match more than them.
+
+    An entry of a list also matches every longer name that ends in it; only a name without a dot is
+    likely to have such a namesake further down.
+    """
+    if all("." in path for path in paths):
+        return paths
+    return "|".join(re.escape(path) for path in paths)
 
 
 def _covers(hint: str, path: str) -> bool:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fusekit.adapters import Adapter, load_adapter, merge_adapters, write_adapter
 from fusekit.adapters import merge as merge_module
 from fusekit.adapters.combine import prune_magnitude
-from fusekit.adapters.knots import agree, align
+from fusekit.adapters.knots import Agreement, align, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.merge import METHODS, MergeOptions
 from fusekit.checkpoint.memory import MemorySource
@@ -324,10 +324,21 @@ def test_global_thresholds_are_exact_order_statistics(seed, density):
         {0: rng.standard_normal((3, 5)).astype("f4"), 1: rng.standard_normal((3, 5)).astype("f4")},
         {1: rng.standard_normal((2, 4)).astype("f4")},
     ]
-    found = agree(lambda: iter(layers), 2, density, False).thresholds
+    found = Agreement(lambda: iter(layers), 2, density).thresholds
     for source in range(2):
         values = np.sort(np.abs(np.concatenate([x[source].ravel() for x in layers if source in x])))
         assert found[source] == values[len(values) - int(len(values) * density) - 1]
+
+
+@pytest.mark.parametrize("majority", [1, -1])
+def test_entries_that_cancel_follow_the_whole_models_majority(majority):
+    one = np.array([[2.0, 5.0, 0.0]], np.float32)
+    other = np.array([[-2.0, 1.0, 0.0]], np.float32)
+    rest = np.full((1, 9), majority, np.float32)
+    layers = [{0: one, 1: other}, {0: rest}]
+    agreement = Agreement(lambda: iter(layers), 2, 1.0)
+    merged = merge_coordinates(layers[0], [1.0, 1.0], "ties", agreement)
+    np.testing.assert_array_equal(merged, [[2.0 * majority, 3.0, 0.0]])
 
 
 @settings(max_examples=20, deadline=None)

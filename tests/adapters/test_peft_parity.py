@@ -37,6 +37,7 @@ class Net(torch.nn.Module):
 
 OPTIONS = {
     "plain": {"target_modules": ["q_proj"]},
+    "namesake left alone": {"target_modules": "q_proj"},
     "regex": {"target_modules": r"body\.q_.*|head"},
     "patterns": {
         "target_modules": ["q_proj", "head"],
