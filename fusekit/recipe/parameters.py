@@ -97,7 +97,7 @@ def _read_setting(raw: Any, parameter: Parameter, place: str) -> Setting:
 
 def _read_value(raw: Any, parameter: Parameter, place: str) -> Any:
     if isinstance(raw, list):
-        if parameter.kind not in {"float", "int"} or not raw:
+        if parameter.kind != "float" or not raw:
             expected = parameter.describe_range()
             raise RecipeError(f"{place}: found {raw!r}, expected {expected}")
         return tuple(_check(item, parameter, f"{place}[{i}]") for i, item in enumerate(raw))

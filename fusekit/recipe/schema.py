@@ -43,6 +43,25 @@ class ModelEntry(_Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
+class OutsideValue(_Strict):
+    """Scale of tensors outside all blocks whose name contains `filter` (all, without one)."""
+
+    filter: str | None = None
+    value: float | Literal["alpha", "last"]
+
+
+class LayerScaling(_Strict):
+    """How the merged update is scaled by depth, with any method that has a base."""
+
+    method: Literal["lines"] = "lines"
+    alpha: float | Literal["auto"] = "auto"
+    beta: float
+    outside: float | Literal["alpha", "last"] | list[OutsideValue] = "alpha"
+    norm: Literal["l1", "l2"] = "l1"
+    stack: str | None = None
+    stacks: Literal["separate", "concatenate"] = "separate"
+
+
 class Recipe(_Strict):
     """What to merge and how.
 
@@ -57,6 +76,7 @@ class Recipe(_Strict):
     dtype: str | None = None
     out_dtype: str | None = None
     granularity: Literal["tensor", "module", "layer", "model"] = "tensor"
+    layer_scaling: LayerScaling | None = None
     seed: int = Field(default=0, ge=0, lt=2**64, strict=True)
     folder: Path | None = Field(default=None, exclude=True)
 
