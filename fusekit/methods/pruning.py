@@ -1,9 +1,9 @@
-"""Ways to thin a task vector out. A pruning changes one row of a block in place."""
+"""Ways to thin task vectors out. A pruning changes a block's rows in place."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ from fusekit.methods.base import (
     Cumulative,
     OrderStatistics,
     OrderValue,
+    Request,
     Scope,
     Summary,
     Tensor,
@@ -25,157 +26,235 @@ if TYPE_CHECKING:
 
 
 class Pruning(ABC):
-    """Zeroes some entries of one model's row."""
+    """Zeroes or scales entries of the models' rows."""
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        """Blocks must be whole multiples of this many elements."""
+        return 1
 
     @abstractmethod
-    def apply(self, row: Array, block: Block, model: int) -> None:
-        """Change `row` (the block's row of `model`, or what is left of it) in place."""
+    def apply(self, block: Block) -> None:
+        """Change the block's rows in place."""
 
 
-Prunings = tuple[tuple[Pruning, ...], ...]
-"""Per model, the prunings applied to its task vector, in order."""
+@dataclass(frozen=True, eq=False)
+class RowPruning(Pruning):
+    """A pruning of one model's row."""
+
+    model: int
+
+    def apply(self, block: Block) -> None:
+        self.thin(block.rows[self.model], block)
+
+    @abstractmethod
+    def thin(self, row: Array, block: Block) -> None:
+        """Change the model's row in place."""
+
+
+Prunings = tuple[Pruning, ...]
+"""Applied in order."""
 
 
 def prune(block: Block, prunings: Prunings) -> Array:
-    """The block's rows after each model's prunings."""
-    for model, steps in enumerate(prunings):
-        for step in steps:
-            step.apply(block.rows[model], block, model)
+    """The block's rows after the prunings."""
+    for pruning in prunings:
+        pruning.apply(block)
     return block.rows
 
 
-@dataclass(frozen=True)
-class Scale(Pruning):
+@dataclass(frozen=True, eq=False)
+class OnPruned(Request):
+    """A request whose rows are task vectors after prunings."""
+
+    deltas: ClassVar[bool] = True
+
+    prunings: Prunings
+
+    def unit(self, shape: tuple[int, ...]) -> int:
+        return max((pruning.unit(shape) for pruning in self.prunings), default=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(RowPruning):
     """Multiply what is left."""
 
     factor: float
 
-    def apply(self, row: Array, block: Block, model: int) -> None:
+    def thin(self, row: Array, block: Block) -> None:
         row *= row.dtype.type(self.factor)
 
 
-@dataclass(frozen=True)
-class RandomDrop(Pruning):
+@dataclass(frozen=True, eq=False)
+class RandomDrop(RowPruning):
     """Keep each entry with probability `density`, or where the user's mask says so."""
 
     density: float
 
-    def apply(self, row: Array, block: Block, model: int) -> None:
+    def thin(self, row: Array, block: Block) -> None:
         import numpy as np
 
-        mask = block.tensor.masks[model] if block.tensor.masks else None
+        mask = explicit_mask(block.tensor, self.model)
         if mask is not None:
             row *= mask[block.start : block.start + row.size]
         elif self.density < 1.0:
-            bits = block.scratch("bits", (row.size,), np.uint32)
-            key = np.uint64(block.tensor.keys[model])
-            kernels.random.drop(row, self.density, key, block.start, bits)
+            key = np.uint64(block.tensor.keys[self.model])
+            kernels.random.drop(row, self.density, key, block.start)
 
 
-@dataclass(frozen=True)
-class OfModel(Pruning):
+def explicit_mask(tensor: Tensor, model: int) -> Array | None:
+    """The keep mask the user gave for a model's tensor, flat, if any."""
+    return tensor.masks[model] if tensor.masks else None
+
+
+@dataclass(frozen=True, eq=False)
+class OfModel(RowPruning):
     """Apply a pruning to the model's own weights instead of its task vector."""
 
-    inner: Pruning
+    inner: RowPruning
 
-    def apply(self, row: Array, block: Block, model: int) -> None:
+    def thin(self, row: Array, block: Block) -> None:
         row += block.base
-        self.inner.apply(row, block, model)
+        self.inner.thin(row, block)
         row -= block.base
 
 
-@dataclass(frozen=True)
-class KeepAbove(Pruning):
+@dataclass(frozen=True, eq=False)
+class KeepAbove(RowPruning):
     """Keep entries whose magnitude exceeds a threshold."""
 
     threshold: float
 
-    def apply(self, row: Array, block: Block, model: int) -> None:
+    def thin(self, row: Array, block: Block) -> None:
         kernels.order.keep_above(row, row.dtype.type(self.threshold))
 
 
 @dataclass(frozen=True, eq=False)
-class KeepLargest(Pruning):
-    """Keep entries of at least a magnitude; of those equal to it, only the first `ties` if given.
+class Cut:
+    """A place in the order of a row's magnitudes, largest first, equal ones by position.
 
-    `ties_before` holds, per granule of the tensor, how many equal entries came before it.
+    The entries before the cut are those above `threshold` and the first `ties` of those equal to
+    it; without `ties`, all of those. `ties_before` holds, per granule of the tensor, how many equal
+    entries came before it.
     """
 
     threshold: float
     ties: int | None = None
     ties_before: Array | None = None
 
-    def apply(self, row: Array, block: Block, model: int) -> None:
+    def keep_before(self, row: Array, start: int) -> None:
+        """Zero the entries behind the cut; `row` holds elements start, start + 1, ..."""
+        order = kernels.order
+        self._choose(row, start, order.keep_at_least, order.keep_above, order.keep_above_and_first)
+
+    def drop_before(self, row: Array, start: int) -> None:
+        """Zero the entries before the cut."""
+        thin = kernels.thin
+        self._choose(row, start, thin.drop_at_least, thin.drop_above, thin.drop_above_and_first)
+
+    def _choose(self, row: Array, start: int, all_ties: Any, no_ties: Any, some: Any) -> None:
+        """Call the kernel that fits how many of the row's equal entries lie before the cut."""
         threshold = row.dtype.type(self.threshold)
         if self.ties is None or self.ties_before is None:
-            kernels.order.keep_at_least(row, threshold)
+            all_ties(row, threshold)
             return
-        granule, after = block.start // GRANULE, -(-(block.start + row.size) // GRANULE)
+        granule, after = start // GRANULE, -(-(start + row.size) // GRANULE)
         left = self.ties - int(self.ties_before[granule])
         if left <= 0:
-            kernels.order.keep_above(row, threshold)
+            no_ties(row, threshold)
         elif after < len(self.ties_before) and self.ties_before[after] <= self.ties:
-            kernels.order.keep_at_least(row, threshold)
+            all_ties(row, threshold)
         else:
-            kernels.order.keep_above_and_first(row, threshold, left)
+            some(row, threshold, left)
 
 
 @dataclass(frozen=True, eq=False)
-class Magnitudes(OrderStatistics):
-    """Largest magnitudes of the task vectors, after prunings that come first.
+class KeepLargest(RowPruning):
+    """Keep the entries before a cut."""
 
-    `wanted` has, per model, the ranks of interest (1 is the largest).
-    """
+    cut: Cut
 
-    deltas: ClassVar[bool] = True
+    def thin(self, row: Array, block: Block) -> None:
+        self.cut.keep_before(row, block.start)
+
+
+@dataclass(frozen=True, eq=False)
+class DropLargest(RowPruning):
+    """Drop the entries before a cut."""
+
+    cut: Cut
+
+    def thin(self, row: Array, block: Block) -> None:
+        self.cut.drop_before(row, block.start)
+
+
+@dataclass(frozen=True, eq=False)
+class Ordered(OnPruned, OrderStatistics):
+    """Largest values of some rows. `wanted` has, per row, the ranks of interest (1 the largest)."""
 
     wanted: tuple[tuple[int, ...], ...]
-    first: Prunings
     scope: Scope = "group"
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
         return self.wanted
 
-    def values(self, block: Block) -> Array:
-        return prune(block, self.first)
-
     def group_key(self) -> tuple[Any, ...]:
-        return (Magnitudes, self.wanted)
+        return (type(self), self.wanted)
+
+
+class Magnitudes(Ordered):
+    """Largest magnitudes of the task vectors, one row per model."""
+
+    def values(self, block: Block) -> Array:
+        return prune(block, self.prunings)
+
+
+class Variances(Ordered):
+    """Largest variances over the models: a single row."""
+
+    def values(self, block: Block) -> Array:
+        return variances(prune(block, self.prunings), block)
+
+
+def variances(rows: Array, block: Block) -> Array:
+    """(1, m) population variances over the models."""
+    out = block.scratch("variance", (1, rows.shape[1]), rows.dtype)
+    kernels.thin.variance(rows, out[0])
+    return out
 
 
 @dataclass(frozen=True, eq=False)
 class TiesBefore(Cumulative):
-    """Per model, how many entries equal its threshold come before each granule."""
+    """Per (row, threshold), how many entries equal to the threshold come before each granule."""
 
     deltas: ClassVar[bool] = True
 
-    thresholds: tuple[float, ...]
-    first: Prunings
-    scope: Scope = "group"
+    order: Ordered
+    thresholds: tuple[tuple[int, float], ...]
+
+    @property
+    def scope(self) -> Scope:  # type: ignore[override]
+        return self.order.scope
 
     def width(self, tensor: Tensor) -> int:
         return len(self.thresholds)
 
     def group_key(self) -> tuple[Any, ...]:
-        return (TiesBefore, self.thresholds)
+        return (TiesBefore, self.order.group_key(), self.thresholds)
 
     def measure(self, block: Block, out: Array) -> None:
-        rows = prune(block, self.first)
+        rows = self.order.values(block)
         for grain in range(len(out)):
             part = rows[:, grain * GRANULE : (grain + 1) * GRANULE]
-            for model, threshold in enumerate(self.thresholds):
-                row = part[model]
-                out[grain, model] = kernels.order.count_equal(row, row.dtype.type(threshold))
+            for column, (row, threshold) in enumerate(self.thresholds):
+                equal = part.dtype.type(threshold)
+                out[grain, column] = kernels.order.count_equal(part[row], equal)
 
 
 @dataclass(frozen=True, eq=False)
-class PrunedSums(Additive):
+class PrunedSums(OnPruned, Additive):
     """sum |v| of every task vector before and after pruning: (2, models)."""
 
-    deltas: ClassVar[bool] = True
-
-    prunings: Prunings
     scope: Scope = "tensor"
 
     def width(self, tensor: Tensor) -> int:
@@ -185,7 +264,7 @@ class PrunedSums(Additive):
         return PrunedSums
 
     def measure(self, block: Block, out: Array) -> None:
-        n = len(self.prunings)
+        n = len(block.rows)
         kernels.gram.absolute_sums(block.rows, out[:, :n])
         kernels.gram.absolute_sums(prune(block, self.prunings), out[:, n:])
 
@@ -193,36 +272,108 @@ class PrunedSums(Additive):
         return total.reshape(2, -1)
 
 
+@dataclass(frozen=True, eq=False)
+class KeepVarying(Pruning):
+    """Keep, in all models, the positions whose variance over the models lies before a cut."""
+
+    cut: Cut
+
+    def apply(self, block: Block) -> None:
+        chosen = variances(block.rows, block)[0]
+        self.cut.keep_before(chosen, block.start)
+        kernels.thin.keep_where(chosen, block.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class VaryingPositions(OnPruned, Additive):
+    """How many positions are not the same in all models."""
+
+    scope: Scope = "group"
+
+    def width(self, tensor: Tensor) -> int:
+        return 1
+
+    def group_key(self) -> type:
+        return VaryingPositions
+
+    def measure(self, block: Block, out: Array) -> None:
+        out[:] = 0.0
+        varying = variances(prune(block, self.prunings), block)[0]
+        out[0, 0] = kernels.thin.count_nonzero(varying)
+
+
+def exact_cuts(order: Ordered) -> Generator[Summary, Any, tuple[tuple[Cut, ...], ...]]:
+    """Per row and wanted rank k, the cut behind exactly k entries."""
+    found: Sequence[tuple[OrderValue, ...]] = yield order
+    places = [
+        (row, rank, value)
+        for row, (ranks, values) in enumerate(zip(order.wanted, found, strict=True))
+        for rank, value in zip(ranks, values, strict=True)
+    ]
+    # Entries that are zero anyway need no choice among them.
+    split = [
+        value.value != 0.0 and value.greater + value.equal != rank for _, rank, value in places
+    ]
+    before = None
+    if any(split):
+        before = yield TiesBefore(order, tuple((row, value.value) for row, _, value in places))
+    cuts: list[list[Cut]] = [[] for _ in order.wanted]
+    for column, (row, rank, value) in enumerate(places):
+        cut = Cut(value.value)
+        if split[column] and before is not None:
+            cut = Cut(value.value, rank - value.greater, before[:, column])
+        cuts[row].append(cut)
+    return tuple(map(tuple, cuts))
+
+
+def survivors(density: float, size: int) -> int:
+    """int(density * size), but at least one: a small tensor does not vanish by rounding."""
+    if density <= 0.0:
+        return 0
+    return max(1, int(density * size)) if density < 1.0 else size
+
+
+def emptied(densities: Sequence[float]) -> Prunings:
+    """Zeroes the models of which nothing is to be kept."""
+    return tuple(Scale(i, 0.0) for i, density in enumerate(densities) if density <= 0.0)
+
+
 def trim_exact(
     tensor: Tensor, densities: Sequence[float], first: Prunings
 ) -> Generator[Summary, Any, Prunings]:
     """Keep exactly max(1, int(density * D)) entries per model, ties by lowest position first."""
     size = tensor.group_size
-    counts = [max(1, int(density * size)) if density < 1.0 else size for density in densities]
-    if all(count == size for count in counts):
+    counts = [survivors(density, size) for density in densities]
+    first = (*first, *emptied(densities))
+    wanted = tuple((count,) if 0 < count < size else () for count in counts)
+    if not any(wanted):
         return first
-    largest: Sequence[tuple[OrderValue, ...]] = yield Magnitudes(
-        tuple(() if count == size else (count,) for count in counts), first
+    cuts = yield from exact_cuts(Magnitudes(first, wanted))
+    return (*first, *(KeepLargest(i, own[0]) for i, own in enumerate(cuts) if own))
+
+
+def trim_two_sided(
+    tensor: Tensor, densities: Sequence[float], gammas: Sequence[float]
+) -> Generator[Summary, Any, Prunings]:
+    """Drop the int(gamma * D) largest entries and keep the int(density * D) that follow.
+
+    Where the two do not fit together the density wins; a density of 1 or more prunes nothing.
+    """
+    size = tensor.group_size
+    counts = [survivors(density, size) for density in densities]
+    tops = [min(int(gamma * size), size - c) for gamma, c in zip(gammas, counts, strict=True)]
+    wanted = tuple(
+        tuple(rank for rank in (top + count, top) if 0 < rank < size) if count else ()
+        for top, count in zip(tops, counts, strict=True)
     )
-    found = [values[0] if values else None for values in largest]
-    ties = [
-        None
-        if value is None or value.value == 0.0 or value.greater + value.equal == count
-        else count - value.greater
-        for value, count in zip(found, counts, strict=True)
-    ]
-    before = None
-    if any(tie is not None for tie in ties):
-        before = yield TiesBefore(tuple(v.value if v else -1.0 for v in found), first)
-    return tuple(
-        steps
-        if value is None
-        else (
-            *steps,
-            KeepLargest(value.value, tie, None if before is None else before[:, model]),
-        )
-        for model, (steps, value, tie) in enumerate(zip(first, found, ties, strict=True))
-    )
+    prunings: list[Pruning] = list(emptied(densities))
+    if not any(wanted):
+        return tuple(prunings)
+    cuts = yield from exact_cuts(Magnitudes((), wanted))
+    for model, (ranks, own) in enumerate(zip(wanted, cuts, strict=True)):
+        for rank, cut in zip(ranks, own, strict=True):
+            prunings.append((KeepLargest if rank > tops[model] else DropLargest)(model, cut))
+    return tuple(prunings)
 
 
 def trim_threshold(
@@ -233,54 +384,70 @@ def trim_threshold(
     if not any(dropped):
         return first
     largest: Sequence[tuple[OrderValue, ...]] = yield Magnitudes(
-        tuple((size - k + 1,) if k else () for k in dropped), first
+        first, tuple((size - k + 1,) if k else () for k in dropped)
     )
-    return tuple(
-        (*steps, KeepLargest(values[0].value)) if values else steps
-        for steps, values in zip(first, largest, strict=True)
+    return (
+        *first,
+        *(KeepLargest(i, Cut(values[0].value)) for i, values in enumerate(largest) if values),
     )
 
 
 def drop_smallest(
-    tensor: Tensor, densities: Sequence[float], first: Prunings
-) -> Generator[Summary, Any, Prunings]:
+    tensor: Tensor, densities: Sequence[float]
+) -> Generator[Summary, Any, tuple[RowPruning, ...]]:
     """Drop entries not above the int((1 - density) * D)-th smallest magnitude of the tensor."""
     dropped = [int(tensor.size * (1.0 - density)) for density in densities]
     if not any(dropped):
-        return first
+        return ()
     largest: Sequence[tuple[OrderValue, ...]] = yield Magnitudes(
-        tuple((tensor.size - k + 1,) if k else () for k in dropped), first, scope="tensor"
+        (), tuple((tensor.size - k + 1,) if k else () for k in dropped), scope="tensor"
     )
+    return tuple(KeepAbove(i, values[0].value) for i, values in enumerate(largest) if values)
+
+
+def drop_random(tensor: Tensor, densities: Sequence[float]) -> tuple[RandomDrop, ...]:
+    """Keep every entry with its model's density as probability, or by the masks given."""
     return tuple(
-        (*steps, KeepAbove(values[0].value)) if values else steps
-        for steps, values in zip(first, largest, strict=True)
+        RandomDrop(i, density)
+        for i, density in enumerate(densities)
+        if density < 1.0 or explicit_mask(tensor, i) is not None
     )
+
+
+def keep_most_varying(tensor: Tensor, share: float) -> Generator[Summary, Any, Prunings]:
+    """Keep the int(share * varying) positions whose variance over the models is largest.
+
+    `varying` counts the positions that are not the same in all models. Where nothing is to be kept,
+    everything is dropped; a share of 1 or more prunes nothing.
+    """
+    if share >= 1.0:
+        return ()
+    (varying,) = yield VaryingPositions(())
+    count = int(varying * share)
+    if count <= 0:
+        return emptied([0.0] * tensor.models)
+    ((cut,),) = yield from exact_cuts(Variances((), ((count,),)))
+    return (KeepVarying(cut),)
 
 
 def match_l1(tensor: Tensor, prunings: Prunings) -> Generator[Summary, Any, Prunings]:
     """Scale every pruned task vector so that it keeps the tensor's sum of magnitudes."""
-    if not any(prunings):
+    if not prunings:
         return prunings
     whole, kept = yield PrunedSums(prunings)
-    return scaled(
-        prunings,
-        [
-            a / b if min(a, b) >= 1e-7 else 1.0
-            for a, b in zip(whole.tolist(), kept.tolist(), strict=True)
-        ],
-    )
+    return (*prunings, *l1_scales(whole.tolist(), kept.tolist()))
 
 
-def scaled(prunings: Prunings, factors: Sequence[float]) -> Prunings:
-    """The prunings followed by a factor per model."""
-    return tuple(
-        steps if factor == 1.0 else (*steps, Scale(factor))
-        for steps, factor in zip(prunings, factors, strict=True)
-    )
+def l1_scales(whole: Iterable[float], kept: Iterable[float]) -> Prunings:
+    """Factors whole / kept per model; none where either sum is practically zero."""
+    return scales([a / b if min(a, b) >= 1e-7 else 1.0 for a, b in zip(whole, kept, strict=True)])
 
 
-def inverse_density(prunings: Prunings, densities: Sequence[float]) -> Prunings:
+def scales(factors: Iterable[float]) -> Prunings:
+    """A factor per model."""
+    return tuple(Scale(i, factor) for i, factor in enumerate(factors) if factor != 1.0)
+
+
+def inverse_density(densities: Iterable[float]) -> Prunings:
     """Divide what is kept by the probability of keeping it: unbiased."""
-    return scaled(
-        prunings, [1.0 / density if 0.0 < density < 1.0 else 1.0 for density in densities]
-    )
+    return scales(1.0 / density if 0.0 < density < 1.0 else 1.0 for density in densities)

@@ -1,16 +1,17 @@
 """Task arithmetic and its relatives: one pipeline from task vectors to a merged model.
 
 delta -> prune -> rescale -> weight -> elect a sign -> normalise -> lambda -> add to the base.
-Every method here is a choice of settings of that pipeline.
+Every method of the family is a pruner followed by `add_up` or `elect`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from fusekit import kernels
+from fusekit.kernels import GRANULE
 from fusekit.methods.base import (
     Additive,
     Block,
@@ -25,8 +26,10 @@ from fusekit.methods.base import (
 from fusekit.methods.combines import linear
 from fusekit.methods.pruning import (
     OfModel,
+    OnPruned,
     Prunings,
-    RandomDrop,
+    RowPruning,
+    drop_random,
     drop_smallest,
     inverse_density,
     match_l1,
@@ -38,19 +41,17 @@ from fusekit.methods.pruning import (
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
-Pruner = Generator[Summary, Any, Prunings]
+Pruned = Generator[Summary, Any, Prunings]
+Merged = Generator[Summary, Any, Combine]
 
 _ELECTIONS = {"mass": 0, "count": 1, "normmass": 2, "normfrac": 3}
 _MERGES = {"mean": 0, "sum": 1, "max": 2}
 
 
 @dataclass(frozen=True, eq=False)
-class PrunedSum(Combine):
+class PrunedSum(OnPruned, Combine):
     """base + sum_i weights[i] * pruned delta_i."""
 
-    deltas: ClassVar[bool] = True
-
-    prunings: Prunings
     weights: tuple[float, ...]
 
     def apply(self, block: Block, out: Array) -> None:
@@ -62,12 +63,9 @@ class PrunedSum(Combine):
 
 
 @dataclass(frozen=True, eq=False)
-class ElectedMerge(Combine):
+class ElectedMerge(OnPruned, Combine):
     """base + scale * merge of the pruned deltas that agree with the elected sign."""
 
-    deltas: ClassVar[bool] = True
-
-    prunings: Prunings
     ballots: tuple[float, ...]
     weights: tuple[float, ...]
     election: int
@@ -92,12 +90,9 @@ class ElectedMerge(Combine):
 
 
 @dataclass(frozen=True, eq=False)
-class SignBalance(Additive):
+class SignBalance(OnPruned, Additive):
     """sum of the elected signs over all positions: whose sign is the majority's."""
 
-    deltas: ClassVar[bool] = True
-
-    prunings: Prunings
     ballots: tuple[float, ...]
     election: int
     scope: Scope = "group"
@@ -118,12 +113,9 @@ class SignBalance(Additive):
 
 
 @dataclass(frozen=True, eq=False)
-class SquaredNorms(Additive):
+class SquaredNorms(OnPruned, Additive):
     """Squared norm of every pruned task vector."""
 
-    deltas: ClassVar[bool] = True
-
-    prunings: Prunings
     scope: Scope = "group"
 
     def width(self, tensor: Tensor) -> int:
@@ -134,26 +126,31 @@ class SquaredNorms(Additive):
 
     def measure(self, block: Block, out: Array) -> None:
         rows = prune(block, self.prunings)
+        unit = self.unit(block.tensor.shape)
+        grain = GRANULE if unit == 1 else unit
         for model in range(len(rows)):
-            kernels.gram.gram(rows[model : model + 1], out[:, model : model + 1])
+            kernels.thin.squared_sums(rows[model], grain, out[:, model])
 
 
-def add_up(tensor: Tensor, prunings: Prunings) -> Combine:
+def given_weights(tensor: Tensor) -> tuple[float, ...]:
+    """The models' weights as the recipe has them."""
+    return tuple(float(weight) for weight in tensor.each("weight"))
+
+
+def add_up(tensor: Tensor, prunings: Prunings, weights: Sequence[float]) -> Combine:
     """base + lambda * sum_i w_i delta_i (divided by sum_i w_i if normalised), without election."""
-    weights = [float(weight) for weight in tensor.each("weight")]
     scale = tensor["lambda"]
     if tensor["normalize"]:
         total = sum(weights)
         scale /= total if abs(total) >= 1e-8 else 1.0
     weights = [scale * weight for weight in weights]
-    if not any(prunings):
+    if not prunings:
         return linear(weights, 1.0 - sum(weights))
     return PrunedSum(prunings, tuple(weights))
 
 
-def elect(tensor: Tensor, prunings: Prunings) -> Generator[Summary, Any, Combine]:
+def elect(tensor: Tensor, prunings: Prunings, weights: tuple[float, ...]) -> Merged:
     """base + lambda * the disjoint merge of the deltas under an elected sign."""
-    weights = tuple(float(weight) for weight in tensor.each("weight"))
     ballots = weights if tensor["weights_in_election"] else (1.0,) * tensor.models
     election = _ELECTIONS[tensor["election"]]
     if tensor["election"] in {"normmass", "normfrac"}:
@@ -171,78 +168,69 @@ def elect(tensor: Tensor, prunings: Prunings) -> Generator[Summary, Any, Combine
     )
 
 
-def rescale(
-    tensor: Tensor, prunings: Prunings, densities: Sequence[float]
-) -> Generator[Summary, Any, Prunings]:
+def rescale(tensor: Tensor, prunings: Prunings, densities: Sequence[float]) -> Pruned:
     """What pruning took away, given back: by expectation, by l1 norm, or not at all."""
     if tensor["rescale"] == "l1":
         return (yield from match_l1(tensor, prunings))
     if tensor["rescale"] == "inverse":
-        return inverse_density(prunings, densities)
+        return (*prunings, *inverse_density(densities))
     return prunings
 
 
-def _nothing(tensor: Tensor) -> Prunings:
-    return ((),) * tensor.models
-
-
-def _task_arithmetic(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+def _task_arithmetic(tensor: Tensor) -> Merged:
     yield from ()
-    return add_up(tensor, _nothing(tensor))
+    return add_up(tensor, (), given_weights(tensor))
 
 
-def _trim(tensor: Tensor, first: Prunings, densities: Sequence[float]) -> Pruner:
-    """TIES' trimming, by either of its rules; `mask_rate` replaces densities where it is given."""
+def trim(tensor: Tensor, densities: Sequence[float]) -> Pruned:
+    """TIES' trimming to a density, by either of its rules."""
+    if tensor["rule"] == "exact":
+        return (yield from trim_exact(tensor, densities, ()))
     size = tensor.group_size
+    dropped = [0 if d >= 1.0 else size - max(int(size * d), 0) for d in densities]
+    return (yield from trim_threshold(tensor, dropped, ()))
+
+
+def _mask_rates(tensor: Tensor) -> list[int]:
+    """How many entries per model lie below the cut of the threshold rule with mask rates."""
     rates = tensor.each("mask_rate")
-    if any(rate is not None for rate in rates):
-        dropped = [0 if rate is None else int(size * rate) for rate in rates]
-        return (yield from trim_threshold(tensor, dropped, first))
-    if tensor["rule"] == "threshold":
-        dropped = [0 if d >= 1.0 else size - int(size * d) for d in densities]
-        return (yield from trim_threshold(tensor, dropped, first))
-    return (yield from trim_exact(tensor, densities, first))
+    return [0 if rate is None else int(tensor.group_size * rate) for rate in rates]
 
 
-def _ties(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+def _ties(tensor: Tensor) -> Merged:
     densities = tensor.each("density")
-    prunings = yield from _trim(tensor, _nothing(tensor), densities)
+    if any(rate is not None for rate in tensor.each("mask_rate")):
+        prunings = yield from trim_threshold(tensor, _mask_rates(tensor), ())
+    else:
+        prunings = yield from trim(tensor, densities)
     prunings = yield from rescale(tensor, prunings, densities)
-    return (yield from elect(tensor, prunings))
+    return (yield from elect(tensor, prunings, given_weights(tensor)))
 
 
-def _dare_prune(tensor: Tensor) -> Pruner:
+def _dare_prune(tensor: Tensor) -> Pruned:
     densities = tensor.each("density")
     if tensor["only_2d"] and len(tensor.shape) < 2:
-        return _nothing(tensor)
+        return ()
+    drops: tuple[RowPruning, ...] = drop_random(tensor, densities)
     if tensor["strategy"] == "magnitude":
-        prunings = yield from drop_smallest(tensor, densities, _nothing(tensor))
-    else:
-        prunings = tuple(
-            ()
-            if density >= 1.0 and not (tensor.masks and tensor.masks[i] is not None)
-            else (RandomDrop(density),)
-            for i, density in enumerate(densities)
-        )
+        drops = yield from drop_smallest(tensor, densities)
     if tensor["weight_format"] == "finetuned":
-        prunings = tuple(tuple(OfModel(step) for step in steps) for steps in prunings)
-    return (yield from rescale(tensor, prunings, densities))
+        drops = tuple(OfModel(drop.model, drop) for drop in drops)
+    return (yield from rescale(tensor, drops, densities))
 
 
-def _dare_linear(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+def _dare_linear(tensor: Tensor) -> Merged:
     prunings = yield from _dare_prune(tensor)
-    return add_up(tensor, prunings)
+    return add_up(tensor, prunings, given_weights(tensor))
 
 
-def _dare_ties(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+def _dare_ties(tensor: Tensor) -> Merged:
     prunings = yield from _dare_prune(tensor)
-    rates = tensor.each("mask_rate")
-    dropped = [0 if rate is None else int(tensor.group_size * rate) for rate in rates]
-    prunings = yield from trim_threshold(tensor, dropped, prunings)
-    return (yield from elect(tensor, prunings))
+    prunings = yield from trim_threshold(tensor, _mask_rates(tensor), prunings)
+    return (yield from elect(tensor, prunings, given_weights(tensor)))
 
 
-def _weight() -> Parameter:
+def weight_parameter() -> Parameter:
     return Parameter(
         "weight",
         "float",
@@ -252,22 +240,26 @@ def _weight() -> Parameter:
     )
 
 
-def _common(*, normalize: bool) -> tuple[Parameter, ...]:
+def common_parameters(*, normalize: bool) -> tuple[Parameter, ...]:
     return (
         Parameter("lambda", "float", "Scale of the merged task vector.", default=1.0),
         Parameter(
             "normalize", "bool", "Divide by the sum of the (kept) weights.", default=normalize
         ),
-        Parameter(
-            "int8_mask",
-            "bool",
-            "Accepted for compatibility, without effect: masks are never stored.",
-            default=False,
-        ),
+        int8_mask_parameter(),
     )
 
 
-def _rescale(default: str) -> Parameter:
+def int8_mask_parameter() -> Parameter:
+    return Parameter(
+        "int8_mask",
+        "bool",
+        "Accepted for compatibility, without effect: masks are never stored as bytes.",
+        default=False,
+    )
+
+
+def rescale_parameter(default: str) -> Parameter:
     return Parameter(
         "rescale",
         "choice",
@@ -279,12 +271,12 @@ def _rescale(default: str) -> Parameter:
     )
 
 
-_ELECTION = (
+ELECTION = (
     Parameter(
         "election",
         "choice",
-        "How models vote for a position's sign: by value, by sign, by the signed square relative to "
-        "the model's squared norm, or by the largest such share alone.",
+        "How models vote for a position's sign: by value, by sign, by the signed square relative "
+        "to the model's squared norm, or by the largest such share alone.",
         default="mass",
         choices=tuple(_ELECTIONS),
     ),
@@ -310,6 +302,15 @@ _ELECTION = (
     ),
 )
 
+RULE = Parameter(
+    "rule",
+    "choice",
+    "exact keeps int(density D) entries, ties by position; threshold keeps every entry of at least "
+    "the (D - int(density D))-th smallest magnitude, as the TIES authors' code.",
+    default="exact",
+    choices=("exact", "threshold"),
+)
+
 _MASK_RATE = Parameter(
     "mask_rate",
     "float",
@@ -321,11 +322,11 @@ _MASK_RATE = Parameter(
 )
 
 
-def _density(text: str, default: Any, **limits: Any) -> Parameter:
+def density_parameter(text: str, default: Any, **limits: Any) -> Parameter:
     return Parameter("density", "float", text, default=default, per_model=True, **limits)
 
 
-_DARE_DENSITY = _density(
+_DARE_DENSITY = density_parameter(
     "Probability of keeping an entry (1 - drop rate).", 1.0, minimum=0.0, maximum=1.0
 )
 _DARE = (
@@ -347,7 +348,7 @@ _DARE = (
 )
 
 _ILHARCO = "Ilharco et al., Editing Models with Task Arithmetic, ICLR 2023, arXiv 2212.04089"
-_YADAV = (
+YADAV = (
     "Yadav et al., TIES-Merging: Resolving Interference When Merging Models, NeurIPS 2023, "
     "arXiv 2306.01708"
 )
@@ -357,47 +358,44 @@ _YU = (
 )
 
 
-def _method(name: str, title: str, rule: Rule, **about: Any) -> Method:
+def task_vector_method(name: str, title: str, rule: Rule, **about: Any) -> Method:
     return Method(name=name, title=title, rule=rule, base="origin", base_required=True, **about)
 
 
 METHODS = (
-    _method(
+    task_vector_method(
         "task_arithmetic",
         "Task arithmetic",
         _task_arithmetic,
         summary="Add (or subtract) task vectors, the differences that fine-tuning made.",
         formula="y = base + lambda sum_i w_i (x_i - base)",
         references=(_ILHARCO,),
-        parameters=(_weight(), *_common(normalize=False)),
-        use_when="The baseline for models fine-tuned from one base; lambda 0.3 to 0.4 for many tasks.",
+        parameters=(weight_parameter(), *common_parameters(normalize=False)),
+        use_when="The baseline for fine-tunes of one base; lambda 0.3 to 0.4 for many tasks.",
         caveats=(
             "A weight is a multiplier, not a share: three weights of 1 add three full updates. "
             "Too large a lambda collapses the model."
         ),
     ),
-    _method(
+    task_vector_method(
         "ties",
         "TIES-Merging",
         _ties,
         summary="Trim small updates, elect a sign per weight, average the updates that agree.",
-        formula="y = base + lambda mean over {i: sign(w_i d_i) = s} of d_i,  s = sign(sum_i w_i d_i)",
-        references=(_YADAV,),
+        formula=(
+            "y = base + lambda mean of d_i over {i: sign(w_i d_i) = s},  s = sign(sum_i w_i d_i)"
+        ),
+        references=(YADAV,),
         parameters=(
-            _weight(),
-            _density("Fraction of entries kept, the largest first.", 0.2, above=0.0, maximum=1.0),
-            Parameter(
-                "rule",
-                "choice",
-                "exact keeps int(density D) entries, ties by position; threshold keeps every entry "
-                "of at least the (D - int(density D))-th smallest magnitude, as the authors' code.",
-                default="exact",
-                choices=("exact", "threshold"),
+            weight_parameter(),
+            density_parameter(
+                "Fraction of entries kept, the largest first.", 0.2, above=0.0, maximum=1.0
             ),
+            RULE,
             _MASK_RATE,
-            _rescale("none"),
-            *_ELECTION,
-            *_common(normalize=True),
+            rescale_parameter("none"),
+            *ELECTION,
+            *common_parameters(normalize=True),
         ),
         passes="two (order statistics, combine); exact ties add one",
         use_when="Task vectors with heavy tails that conflict in sign.",
@@ -406,14 +404,20 @@ METHODS = (
             "models trained briefly, updates are not redundant and high densities win."
         ),
     ),
-    _method(
+    task_vector_method(
         "dare_linear",
         "DARE",
         _dare_linear,
         summary="Drop entries of the task vectors at random, rescale the rest, add them up.",
         formula="y = base + lambda sum_i w_i r_i (m_i * (x_i - base)),  m_i ~ Bernoulli(density)",
         references=(_YU, _ILHARCO),
-        parameters=(_weight(), _DARE_DENSITY, _rescale("l1"), *_DARE, *_common(normalize=False)),
+        parameters=(
+            weight_parameter(),
+            _DARE_DENSITY,
+            rescale_parameter("l1"),
+            *_DARE,
+            *common_parameters(normalize=False),
+        ),
         passes="two with rescale l1, else one",
         use_when="Fine-tunes with small updates (most entries below 0.005).",
         caveats=(
@@ -421,21 +425,21 @@ METHODS = (
             "tuned. Large updates (0.03 and more) suffer even at density 0.9."
         ),
     ),
-    _method(
+    task_vector_method(
         "dare_ties",
         "DARE + TIES",
         _dare_ties,
         summary="Random drop and rescale, then sign election and merging of what agrees.",
         formula="as dare_linear, summed over the entries that agree with the elected sign",
-        references=(_YU, _YADAV),
+        references=(_YU, YADAV),
         parameters=(
-            _weight(),
+            weight_parameter(),
             _DARE_DENSITY,
             _MASK_RATE,
-            _rescale("l1"),
+            rescale_parameter("l1"),
             *_DARE,
-            *_ELECTION,
-            *_common(normalize=False),
+            *ELECTION,
+            *common_parameters(normalize=False),
         ),
         passes="two with rescale l1, one more with mask_rate",
         use_when="As DARE, where task vectors conflict in sign.",

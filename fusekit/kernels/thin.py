@@ -1,0 +1,107 @@
+"""Dropping the largest entries of a row, keeping the positions where models differ most, norms."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CHUNK = 1024
+_LANES = 64
+
+
+@njit(nogil=True, cache=True)
+def drop_at_least(row: Array, threshold: Any) -> None:
+    """Zero every entry of at least `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = zero if abs(row[i]) >= threshold else row[i]
+
+
+@njit(nogil=True, cache=True)
+def drop_above(row: Array, threshold: Any) -> None:
+    """Zero every entry greater than `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = zero if abs(row[i]) > threshold else row[i]
+
+
+@njit(nogil=True, cache=True)
+def drop_above_and_first(row: Array, threshold: Any, budget: int) -> None:
+    """As `drop_above`, but zero the first `budget` entries equal to the threshold as well."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        magnitude = abs(row[i])
+        if magnitude > threshold:
+            row[i] = zero
+        elif magnitude == threshold and budget > 0:
+            row[i] = zero
+            budget -= 1
+
+
+@njit(nogil=True, cache=True)
+def variance(rows: Array, out: Array) -> None:
+    """Population variance over the rows at every position; exactly 0 where all rows are equal."""
+    n, size = rows.shape
+    means = np.empty(_CHUNK, np.float64)
+    squares = np.empty(_CHUNK, np.float64)
+    for start in range(0, size, _CHUNK):
+        stop = min(start + _CHUNK, size)
+        mean = means[: stop - start]
+        square = squares[: stop - start]
+        mean[:] = 0.0
+        square[:] = 0.0
+        # Deviations are taken from the first row, so equal rows leave no rounding behind.
+        first = rows[0, start:stop]
+        for r in range(1, n):
+            part = rows[r, start:stop]
+            for i in range(mean.size):
+                mean[i] += np.float64(part[i]) - np.float64(first[i])
+        for i in range(mean.size):
+            mean[i] /= n
+        for r in range(n):
+            part = rows[r, start:stop]
+            for i in range(mean.size):
+                deviation = np.float64(part[i]) - np.float64(first[i]) - mean[i]
+                square[i] += deviation * deviation
+        target = out[start:stop]
+        for i in range(mean.size):
+            target[i] = square[i] / n
+
+
+@njit(nogil=True, cache=True)
+def count_nonzero(row: Array) -> int:
+    """How many entries are not zero."""
+    count = 0
+    for i in range(row.size):
+        count += row[i] != 0
+    return count
+
+
+@njit(nogil=True, cache=True)
+def keep_where(chosen: Array, rows: Array) -> None:
+    """Zero all rows at the positions where `chosen` is zero."""
+    zero = rows.dtype.type(0)
+    for r in range(rows.shape[0]):
+        row = rows[r]
+        for i in range(chosen.size):
+            row[i] = row[i] if chosen[i] != 0 else zero
+
+
+@njit(nogil=True, cache=True)
+def squared_sums(row: Array, grain: int, out: Array) -> None:
+    """out[g] = the sum of squares of the g-th `grain` elements."""
+    lanes = np.empty(_LANES, np.float64)
+    for g in range(out.size):
+        lanes[:] = 0.0
+        for start in range(g * grain, min((g + 1) * grain, row.size), _LANES):
+            part = row[start : min(start + _LANES, (g + 1) * grain, row.size)]
+            for i in range(part.size):
+                lanes[i] += np.float64(part[i]) * np.float64(part[i])
+        total = 0.0
+        for i in range(_LANES):
+            total += lanes[i]
+        out[g] = total
