@@ -123,3 +123,47 @@ def test_a_bin_file_reads_like_a_safetensors_file(tmp_path):
     for name, module in new.modules.items():
         for field in ("A", "B", "magnitude"):
             np.testing.assert_array_equal(getattr(module, field), getattr(old.modules[name], field))
+
+
+class Experts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = torch.nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x):
+        return torch.einsum("bi,eoi->beo", x, self.up)
+
+
+class Sparse(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mlp = torch.nn.ModuleDict({"experts": Experts()})
+
+    def forward(self, x):
+        return self.mlp["experts"](x)
+
+
+def test_raw_expert_parameters_fold_in_and_load_in_peft(tmp_path):
+    config = peft.LoraConfig(
+        r=2, lora_alpha=6, target_modules=[], target_parameters=["experts.up"], lora_dropout=0.0
+    )
+    model = peft.get_peft_model(Sparse(), config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    x = torch.randn(2, 5)
+    with torch.no_grad():
+        output = model(x)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().state_dict()
+    adapter = load_adapter(tmp_path / "adapter")
+    assert list(adapter.modules) == ["mlp.experts.up"]
+    for name, weight in Sparse().state_dict().items():
+        folded = adapter.apply(name, weight.numpy())
+        np.testing.assert_allclose(folded, merged[name].numpy(), atol=1e-5)
+    write_adapter(adapter, tmp_path / "ours")
+    loaded = peft.PeftModel.from_pretrained(Sparse(), tmp_path / "ours")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(x), output)
