@@ -16,6 +16,7 @@ from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.plan import Plan, PlannedTensor, TensorRef
 from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.methods.base import Granularity, Method, Tensor
+from fusekit.methods.lines import scale_layers, schedule
 from fusekit.methods.registry import find
 from fusekit.recipe.parameters import Lookup, read_level
 from fusekit.recipe.schema import ModelEntry, Recipe, load_recipe
@@ -126,6 +127,7 @@ def plan_checkpoints(
         _check_same_tensors(checkpoints[reference], checkpoints[other])
 
     layers = infer_layers(infos)
+    method = _with_layer_scaling(recipe, method, has_base=base is not None, layers=layers)
     groups = {name: _group(name, layers[name], recipe.granularity) for name in infos}
     sizes: dict[str, int] = {}
     for name, info in infos.items():
@@ -179,6 +181,23 @@ def plan_checkpoints(
         config_from=reference,
         config_updates=_config_updates(recipe),
     )
+
+
+def _with_layer_scaling(
+    recipe: Recipe, method: Method, *, has_base: bool, layers: Mapping[str, Layer | None]
+) -> Method:
+    """The method, its update scaled by depth if the recipe asks for that."""
+    asked = recipe.layer_scaling
+    if asked is None:
+        return method
+    if not has_base:
+        raise RecipeError(
+            f"layer_scaling: scales what a merge changes of its base_model, and {method.name} has "
+            "none here; use a method with a base, such as task_arithmetic"
+        )
+    outside = [(entry.filter, entry.value) for entry in asked.outside]
+    options = asked.model_dump(exclude={"method", "outside"})
+    return scale_layers(method, schedule(layers, outside=outside, **options))
 
 
 def random_key(seed: int, model: int, tensor: str) -> int:

@@ -261,6 +261,7 @@ def merge_state_dicts(
     parameters: Mapping[str, Any] | None = None,
     model_parameters: Sequence[Mapping[str, Any]] | None = None,
     granularity: Granularity = "tensor",
+    layer_scaling: Mapping[str, Any] | None = None,
     seed: int = 0,
     out_dtype: str | None = None,
     masks: Sequence[Mapping[str, Any] | None] | None = None,
@@ -279,6 +280,7 @@ def merge_state_dicts(
         model_parameters: one mapping per model.
         granularity: over what summaries are taken: `tensor`, `module` (the tensors of one submodule
             of a layer), `layer` or `model`.
+        layer_scaling: scale the update by depth, as in a recipe: `{"alpha": 0.3, "beta": 0.7}`.
         seed: of random methods.
         out_dtype: element type of the result, such as `bfloat16`; default the base's (or first's).
         masks: explicit keep masks per model for random methods (0 or 1, the tensors' shapes).
@@ -319,6 +321,8 @@ def merge_state_dicts(
     }
     if base is not None:
         content["base_model"] = "base"
+    if layer_scaling is not None:
+        content["layer_scaling"] = dict(layer_scaling)
     if out_dtype is not None:
         content["out_dtype"] = out_dtype
     recipe: Recipe = load_recipe(content)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    field_validator,
+)
 
 from fusekit.checkpoint.dtypes import DTYPES, dtype_named
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
@@ -43,23 +52,43 @@ class ModelEntry(_Strict):
     parameters: Parameters = Field(default_factory=dict)
 
 
-class OutsideValue(_Strict):
-    """Scale of tensors outside all blocks whose name contains `filter` (all, without one)."""
+def _number_or(*words: str) -> PlainValidator:
+    def check(value: Any) -> Any:
+        if value in words or (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+        ):
+            return value
+        raise ValueError(" or ".join(["a number", *map(repr, words)]))
+
+    return PlainValidator(check)
+
+
+class LayerValue(_Strict):
+    """A scale for the tensors whose name contains `filter`, or for all."""
 
     filter: str | None = None
-    value: float | Literal["alpha", "last"]
+    value: Annotated[Any, _number_or("alpha", "last")]
 
 
 class LayerScaling(_Strict):
-    """How the merged update is scaled by depth, with any method that has a base."""
+    """How a merge's update is scaled by depth; goes with any method that has a base.
+
+    `outside` gives the scale of tensors outside the blocks: one for all, or `{filter, value}`
+    entries of which the first that fits applies.
+    """
 
     method: Literal["lines"] = "lines"
-    alpha: float | Literal["auto"] = "auto"
-    beta: float
-    outside: float | Literal["alpha", "last"] | list[OutsideValue] = "alpha"
+    alpha: Annotated[Any, _number_or("auto")] = "auto"
+    beta: Annotated[Any, _number_or()]
+    outside: list[LayerValue] = Field(default_factory=list)
     norm: Literal["l1", "l2"] = "l1"
     stack: str | None = None
     stacks: Literal["separate", "concatenate"] = "separate"
+
+    @field_validator("outside", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        return value if isinstance(value, list) else [{"value": value}]
 
 
 class Recipe(_Strict):
@@ -146,12 +175,17 @@ def _first_problem(error: ValidationError) -> str:
     place = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        known = ModelEntry.model_fields if len(problem["loc"]) > 1 else _KEYS
+        nested = {"layer_scaling": LayerScaling.model_fields}
+        known: Iterable[str] = nested.get(str(problem["loc"][0]), ModelEntry.model_fields)
+        if len(problem["loc"]) == 1:
+            known = _KEYS
         return f"unknown key {place!r}{did_you_mean(key, known)}"
     if problem["type"] == "missing":
         return f"{place} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     expected = _EXPECTED.get(problem["type"], message)
+    if problem["type"] == "model_type" and "layer_scaling" in problem["loc"]:
+        expected = "a mapping" + (" with alpha and beta" if len(problem["loc"]) == 1 else "")
     return f"{place}: found {problem['input']!r}, expected {expected}"
 
 
