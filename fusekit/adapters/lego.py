@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fusekit.adapters.linalg import balance, gram_matrix
+
 Array = npt.NDArray[Any]
 
 MAX_REWEIGHTING = 10.0
@@ -69,16 +71,15 @@ def merge_pieces(
         "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through
         Rank-Wise Clustering", arXiv 2409.16167.
     """
-    roots = [np.sqrt(abs(coefficient)) for _, _, coefficient in parts]
-    halves_a = [a * (np.copysign(r, c)) for (a, _, c), r in zip(parts, roots, strict=True)]
+    roots = [np.float32(np.sqrt(abs(coefficient))) for _, _, coefficient in parts]
+    halves_a = [a * np.copysign(r, c) for (a, _, c), r in zip(parts, roots, strict=True)]
     halves_b = [(b * r).T for (_, b, _), r in zip(parts, roots, strict=True)]
-    a = np.concatenate(halves_a).astype(np.float64)
-    b = np.concatenate(halves_b).astype(np.float64)
+    a, b = np.concatenate(halves_a), np.concatenate(halves_b)
     if options.canonicalize:
         a, b = _canonical(a, b)
+    count = min(rank, len(a))
+    labels = _cluster(_feature_gram(a, b, options), count, options, seed, initial)
     pieces = np.concatenate([a, b], axis=1)
-    count = min(rank, len(pieces))
-    labels = _cluster(_features(a, b, options), count, options, seed, initial)
     centres = _centres(pieces, labels, count, options)
     mean_rank = len(pieces) / len(parts)
     scale = np.sqrt(mean_rank / count) if options.output_reweighting else 1.0
@@ -93,57 +94,66 @@ def merge_pieces(
     )
 
 
-def _features(a: Array, b: Array, options: LegoOptions) -> Array:
-    if options.feature == "raw":
-        return np.concatenate([a, b], axis=1)
-    return np.concatenate(
-        [half / (np.linalg.norm(half, axis=1, keepdims=True) + 1e-8) for half in (a, b)], axis=1
-    )
+def _feature_gram(a: Array, b: Array, options: LegoOptions) -> Array:
+    """Inner products of all pairs of features `[a ; b]`, each half at unit length for `unit`.
+
+    All k-means needs of the features: a centre is a weighted mean of them, so that its distances
+    are sums of these products.
+    """
+    total = np.zeros((len(a), len(a)))
+    for half in (a, b):
+        gram = gram_matrix(half.T)
+        if options.feature == "unit":
+            lengths = np.sqrt(gram.diagonal()) + 1e-8
+            gram = gram / np.outer(lengths, lengths)
+        total += gram
+    return total
 
 
 def _canonical(a: Array, b: Array) -> tuple[Array, Array]:
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    used = (norm_a > 0) & (norm_b > 0)
-    ratio = np.sqrt(np.divide(norm_b, norm_a, out=np.ones_like(norm_a), where=used))[:, None]
+    ratio = balance(norm_a, norm_b)[:, None]
     a, b = a * ratio, b / ratio
     largest = int(np.argmax(norm_a * norm_b))
-    signs = np.where(a @ a[largest] < 0, -1.0, 1.0)[:, None]
+    signs = np.where(a @ a[largest] < 0, -1.0, 1.0)[:, None].astype(np.float32)
     return a * signs, b * signs
 
 
 def _cluster(
-    features: Array, count: int, options: LegoOptions, seed: int, initial: Array | None
+    gram: Array, count: int, options: LegoOptions, seed: int, initial: Array | None
 ) -> npt.NDArray[np.int64]:
-    if count >= len(features):
-        return np.arange(len(features))
+    if count >= len(gram):
+        return np.arange(len(gram))
     if initial is not None:
-        return _k_means(features, features[initial], options.iterations)[0]
+        return _k_means(gram, initial, options.iterations)[0]
     generator = np.random.Generator(np.random.Philox(seed))
     runs = [
-        _k_means(
-            features, features[generator.permutation(len(features))[:count]], options.iterations
-        )
+        _k_means(gram, generator.permutation(len(gram))[:count], options.iterations)
         for _ in range(options.restarts)
     ]
     return min(runs, key=lambda run: run[1])[0]
 
 
-def _k_means(
-    features: Array, centres: Array, iterations: int
-) -> tuple[npt.NDArray[np.int64], float]:
-    """Labels of the last assignment, ties to the lowest index, and their inertia."""
-    centres = centres.copy()
-    squares = np.square(features).sum(axis=1)
-    labels = np.zeros(len(features), dtype=np.int64)
+def _k_means(gram: Array, initial: Array, iterations: int) -> tuple[npt.NDArray[np.int64], float]:
+    """Labels of the last assignment, ties to the lowest index, and their inertia.
+
+    Args:
+        gram: inner products of the points.
+        initial: the points that are the first centres. A cluster without members keeps its centre.
+    """
+    weights = np.zeros((len(initial), len(gram)))
+    weights[np.arange(len(initial)), initial] = 1.0
+    labels = np.zeros(len(gram), dtype=np.int64)
     inertia = 0.0
     for _ in range(iterations):
-        distances = (
-            squares[:, None] - 2 * features @ centres.T + np.square(centres).sum(axis=1)[None, :]
-        )
+        products = weights @ gram
+        squares = np.sum(products * weights, axis=1)
+        distances = (squares[:, None] - 2 * products).T + gram.diagonal()[:, None]
         labels = np.argmin(distances, axis=1)
         inertia = float(distances[np.arange(len(labels)), labels].sum())
         for cluster in np.unique(labels):
-            centres[cluster] = features[labels == cluster].mean(axis=0)
+            members = labels == cluster
+            weights[cluster] = members / np.count_nonzero(members)
     return labels, inertia
 
 

@@ -86,7 +86,7 @@ def _core(B: Array, A: Array) -> _Core:
     Columns of B are balanced against rows of A within the Gram matrices, so that the cutoff does
     not depend on how a piece's size is shared between its halves.
     """
-    gram_b, gram_a = _gram(B), _gram(A.T)
+    gram_b, gram_a = gram_matrix(B), gram_matrix(A.T)
     ratio = balance(np.sqrt(gram_b.diagonal()), np.sqrt(gram_a.diagonal()))
     left = orthogonalize(gram_b * np.outer(ratio, ratio))
     right = orthogonalize(gram_a / np.outer(ratio, ratio))
@@ -96,8 +96,8 @@ def _core(B: Array, A: Array) -> _Core:
     )
 
 
-def _gram(tall: Array) -> Double:
-    """`M.T @ M` in float64, from pieces of M that are widened while they are in the cache."""
+def gram_matrix(tall: Array) -> Double:
+    """`M.T @ M` in float64, M widened piece by piece while the piece is in the cache."""
     total = np.zeros((tall.shape[1], tall.shape[1]))
     for start in range(0, tall.shape[0], CACHED_ROWS):
         wide = tall[start : start + CACHED_ROWS].astype(np.float64)

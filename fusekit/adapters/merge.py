@@ -92,6 +92,7 @@ class MergeOptions:
         replacements: full-rank tensors that several sources hold and that differ: refuse (`error`),
             take the `first`, or `average` by weight.
         seed: of random masks, test matrices and clusters.
+        knots_basis: the side whose common basis KnOTS takes.
         lego: options of LoRA-LEGO.
     """
 
@@ -103,6 +104,7 @@ class MergeOptions:
     svd: Literal["auto", "exact", "randomized"] = "auto"
     replacements: Literal["error", "first", "average"] = "error"
     seed: int = 0
+    knots_basis: Literal["output", "input"] = "output"
     lego: LegoOptions = dataclasses.field(default_factory=LegoOptions)
 
 
@@ -517,16 +519,21 @@ class _Knots:
     def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
         basis, layer = self._aligned(name, parts)
         merged = merge_coordinates(layer, self._pool.weights, self._rule, self._agreement)
-        return merged, basis.astype(np.float32)
+        return (basis.T, merged.T) if self._options.knots_basis == "input" else (merged, basis)
 
     def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Layer]:
         _low_rank(name, parts)
-        aligned = align([(part.A, part.B, part.module.scaling) for part in parts])
+        sides = [(part.A, part.B) for part in parts]
+        if self._options.knots_basis == "input":
+            sides = [(B.T, A.T) for A, B in sides]
+        aligned = align(
+            [(A, B, part.module.scaling) for (A, B), part in zip(sides, parts, strict=True)]
+        )
         layer: Layer = {part.source: aligned.coordinates(i) for i, part in enumerate(parts)}
         if self._drop and self._options.density is not None:
             draw = _masks(name, "coordinates", parts, self._options)
             layer = dropped(layer, self._options.density, draw)
-        return aligned.U, layer
+        return aligned.U.astype(np.float32), layer
 
     def _all_coordinates(self) -> Iterator[Layer]:
         for name in self._pool.names:

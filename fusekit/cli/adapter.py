@@ -54,6 +54,13 @@ class Convention(StrEnum):
     peft = "peft"
 
 
+class Side(StrEnum):
+    """A side of a weight matrix."""
+
+    output = "output"
+    input = "input"
+
+
 class Decomposition(StrEnum):
     """How dense results are decomposed."""
 
@@ -130,6 +137,9 @@ def merge(
     canonicalize: Annotated[
         bool, typer.Option("--canonicalize", help="Align signs and sizes first (lora_lego).")
     ] = False,
+    knots_basis: Annotated[
+        Side, typer.Option(help="Side whose common basis KnOTS takes.")
+    ] = Side.output,
     base: Annotated[str | None, typer.Option(help="Base model, needed for DoRA adapters.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
@@ -148,6 +158,7 @@ def merge(
         svd=svd.value,
         replacements=replacements.value,
         seed=seed,
+        knots_basis=knots_basis.value,
         lego=LegoOptions(restarts=restarts, canonicalize=canonicalize),
     )
     source = None if base is None else open_checkpoint(base).source

@@ -292,6 +292,22 @@ def test_knots_linear_sums_the_updates_exactly():
         np.testing.assert_allclose(delta_of(merged, name), expected, atol=1e-5)
 
 
+def test_knots_on_the_input_side_is_knots_of_the_transposed_updates():
+    adapters = [random_adapter(seed, {"m.weight": (8, 6)}, rank=2) for seed in range(2)]
+    turned = [
+        make_adapter(dataclasses.replace(m, A=m.B.T, B=m.A.T))
+        for a in adapters
+        for m in a.modules.values()
+    ]
+    options = MergeOptions(density=0.5)
+    expected = delta_of(merge_adapters(turned, "knots_ties", options=options)).T
+    inputs = dataclasses.replace(options, knots_basis="input")
+    merged = delta_of(merge_adapters(adapters, "knots_ties", options=inputs))
+    np.testing.assert_allclose(merged, expected, atol=1e-5)
+    outputs = delta_of(merge_adapters(adapters, "knots_ties", options=options))
+    assert np.abs(merged - outputs).max() > 0.01
+
+
 def test_aligned_coordinates_rebuild_every_update():
     adapters = [random_adapter(seed, SHAPES, rank=3, scaling=0.5) for seed in range(2)]
     parts = [(a.modules["a.weight"].A, a.modules["a.weight"].B, 0.5) for a in adapters]
