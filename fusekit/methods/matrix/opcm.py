@@ -1,0 +1,102 @@
+"""Continual merging by orthogonal projection: one model after another into a running update.
+
+The running update N of a matrix and its share of the whole model's norm are all that is carried:
+the previous update enters the next step as `lambda_{t-1} P_{t-1} = N_{t-1}`, so that no scale is
+needed before the end, and every tensor can be merged on its own.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fusekit.methods.matrix.linalg import triples
+
+Protected = Literal["inner", "all"]
+
+
+def occupied_rank(values: Tensor, alpha: float) -> int:
+    """Leading singular values whose cumulative share of the sum is at most alpha."""
+    total = values.sum()
+    if total == 0:
+        return 0
+    if alpha >= 1:
+        return len(values)
+    return int((values.cumsum(0) / total <= alpha).sum())
+
+
+def project(
+    update: Tensor,
+    delta: Tensor,
+    *,
+    alpha: float = 0.5,
+    zero_diagonal: bool = True,
+    protect: Protected = "inner",
+) -> Tensor:
+    """A new task vector without what it shares with the dominant subspace of the running update.
+
+    With `N = U diag(S) V^T` and `A = U^T T V`, the leading r x r block of A is set to zero (r by
+    `occupied_rank`), and with `zero_diagonal` every A[i, i] up to N's numerical rank:
+    `T' = T - U_r A[:r, :r] V_r^T - sum_{i >= r} A[i, i] u_i v_i^T`.
+
+    Args:
+        update: N, the running update (m, n).
+        delta: T, the new task vector (m, n).
+        alpha: share of the singular values' sum that is protected, in [0, 1].
+        zero_diagonal: also remove what lies on the pairs (u_i, v_i) themselves.
+        protect: `inner` removes the block between dominant directions; `all` everything that
+            touches one, `T' = (I - U_r U_r^T) T (I - V_r V_r^T)` before the diagonal.
+
+    Returns:
+        (m, n) in float64.
+
+    References:
+        "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual
+        Model Merging", arXiv 2501.09522.
+    """
+    wide = delta.double()
+    found = triples(update)
+    rank = occupied_rank(found.S, alpha)
+    if not zero_diagonal:
+        found = found.leading(rank)
+    if not len(found.S):
+        return wide
+    U, V = found.U, found.V
+    right = wide @ V
+    core = torch.zeros((len(found.S), len(found.S)), dtype=wide.dtype, device=wide.device)
+    core[:rank, :rank] = U[:, :rank].T @ right[:, :rank]
+    if zero_diagonal:
+        core.diagonal().copy_((U * right).sum(0))
+    removed = _sandwich(U, core, V)
+    if protect == "all" and rank:
+        left = U[:, :rank].T @ wide
+        removed = removed + U[:, :rank] @ (left - (left @ V[:, :rank]) @ V[:, :rank].T)
+        outer = right[:, :rank] - U[:, :rank] @ (U[:, :rank].T @ right[:, :rank])
+        removed = removed + outer @ V[:, :rank].T
+    return wide - removed
+
+
+def _sandwich(U: Tensor, core: Tensor, V: Tensor) -> Tensor:
+    if U.shape[0] <= V.shape[0]:
+        return (U @ core) @ V.T
+    return U @ (core @ V.T)
+
+
+def add(
+    update: Tensor,
+    delta: Tensor,
+    *,
+    alpha: float = 0.5,
+    zero_diagonal: bool = True,
+    protect: Protected = "inner",
+) -> Tensor:
+    """The running update after one more model: `N + project(N, T)`, in float32.
+
+    Only matrices (two axes) are projected; any other tensor's task vector is added as it is.
+    """
+    if update.dim() != 2:
+        return (update.double() + delta).to(delta.dtype)
+    kept = project(update, delta, alpha=alpha, zero_diagonal=zero_diagonal, protect=protect)
+    return (update.double() + kept).to(delta.dtype)

@@ -1,0 +1,374 @@
+"""What must hold of the matrix methods whatever the numbers: exact cases, invariances, optima."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+
+from fusekit.methods.matrix import (  # noqa: E402
+    fisher,
+    iso,
+    knots,
+    linalg,
+    opcm,
+    optmerge,
+    quadratic,
+    regmean,
+    tsv,
+)
+
+shapes = st.tuples(st.integers(4, 12), st.integers(4, 12))
+seeds = st.integers(0, 10**6)
+few = settings(max_examples=25, deadline=None)
+
+Merge = object
+MERGES = {
+    "tsv": tsv.merge,
+    "iso": lambda deltas: iso.common(deltas).update,
+    "iso_cts": lambda deltas: iso.common_and_specific(deltas, 0.5).update,
+    "wudi": lambda deltas: quadratic.wudi_closed(deltas, quadratic.Spectral(time=3.0)),
+    "optmerge": lambda deltas: optmerge.merge(deltas, "lora", lr=1e-3, steps=50),
+}
+each_merge = pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES.keys())
+
+
+def draw(seed: int, shape: tuple[int, int], count: int = 3) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator) for _ in range(count)]
+
+
+def rotation(seed: int, size: int) -> torch.Tensor:
+    return torch.linalg.qr(draw(seed, (size, size), 1)[0].double()).Q.float()
+
+
+def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
+    scale = max(1.0, float(expected.abs().max()))
+    assert float((found - expected).abs().max()) <= tolerance * scale
+
+
+@each_merge
+@few
+@given(seed=seeds, shape=shapes)
+def test_order_of_models_does_not_matter(merge: Merge, seed: int, shape: tuple[int, int]) -> None:
+    deltas = draw(seed, shape)
+    assert_near(merge([deltas[2], deltas[0], deltas[1]]), merge(deltas))
+
+
+@each_merge
+@few
+@given(seed=seeds, shape=shapes)
+def test_rotating_both_sides_rotates_the_result(
+    merge: Merge, seed: int, shape: tuple[int, int]
+) -> None:
+    deltas = draw(seed, shape)
+    left, right = rotation(seed + 1, shape[0]), rotation(seed + 2, shape[1])
+    rotated = merge([left @ delta @ right for delta in deltas])
+    assert_near(rotated, left @ merge(deltas) @ right, 3e-4)
+
+
+@each_merge
+def test_zero_task_vectors_merge_to_zero(merge: Merge) -> None:
+    assert not merge([torch.zeros(5, 4)] * 3).any()
+
+
+@pytest.mark.parametrize("merge", [tsv.merge, quadratic.wudi_adam, optmerge.merge])
+def test_one_model_comes_back(merge: Merge) -> None:
+    (delta,) = draw(3, (7, 5), 1)
+    assert_near(merge([delta]), delta, 1e-6)
+
+
+@few
+@given(seed=seeds, shape=shapes)
+def test_leading_triples_are_those_of_lapack(seed: int, shape: tuple[int, int]) -> None:
+    (matrix,) = draw(seed, shape, 1)
+    found = linalg.triples(matrix, 2)
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    torch.testing.assert_close(found.S, S[:2], rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.product(), (U[:, :2] * S[:2]) @ Vh[:2], rtol=0, atol=1e-6)
+
+
+def test_triples_leave_out_rounding_noise() -> None:
+    left, right = draw(5, (40, 3), 2)
+    found = linalg.triples(left @ right.T)
+    assert len(found.S) == 3
+    assert_near(found.product().float(), left @ right.T, 1e-6)
+
+
+# -- task singular vectors ----------------------------------------------------------------------
+
+
+def test_tsv_of_orthogonal_low_rank_tasks_is_their_sum() -> None:
+    deltas = []
+    for task in range(3):
+        delta = torch.zeros(9, 12)
+        delta[3 * task : 3 * task + 3, 4 * task : 4 * task + 4] = draw(task, (3, 4), 1)[0]
+        deltas.append(delta)
+    assert_near(tsv.merge(deltas), sum(deltas), 1e-5)
+
+
+def test_tsv_parts_add_up_and_do_not_interfere() -> None:
+    deltas = draw(11, (12, 9))
+    parts = tsv.parts(deltas)
+    assert_near(sum(parts), tsv.merge(deltas), 1e-5)
+    assert tsv.interference(deltas) > 1.0
+    assert tsv.interference(parts) < 1e-3
+
+
+def test_tsv_of_identical_models_is_their_leading_part() -> None:
+    (delta,) = draw(12, (8, 8), 1)
+    expected = linalg.triples(delta, 2).product().float()
+    assert_near(tsv.merge([delta] * 4), expected, 1e-5)
+
+
+def test_tsv_keeps_a_direction_when_there_are_more_tasks_than_rows() -> None:
+    assert tsv.kept_directions((3, 50), 20) == 1
+    assert tsv.merge(draw(13, (3, 50), 20)).abs().max() > 0
+
+
+# -- isotropic ----------------------------------------------------------------------------------
+
+
+@few
+@given(seed=seeds, shape=shapes)
+def test_iso_has_one_singular_value_and_keeps_the_nuclear_norm(
+    seed: int, shape: tuple[int, int]
+) -> None:
+    deltas = draw(seed, shape)
+    flat = iso.common(deltas)
+    values = torch.linalg.svdvals(flat.update.double())
+    assert float((values - flat.sigma).abs().max()) < 1e-4 * flat.sigma
+    nuclear = torch.linalg.svdvals(linalg.total(deltas)).sum()
+    torch.testing.assert_close(values.sum(), nuclear, rtol=1e-5, atol=0)
+
+
+def test_iso_cts_without_room_for_tasks_is_iso_c() -> None:
+    deltas = draw(21, (6, 5), 7)
+    for fraction in (0.8, 1.0):
+        assert_near(
+            iso.common_and_specific(deltas, fraction).update, iso.common(deltas).update, 1e-6
+        )
+
+
+def test_numerical_rank_leaves_directions_without_strength_alone() -> None:
+    left, right = draw(22, (20, 2), 2)
+    low = left @ right.T
+    numerical, full = iso.common([low], numerical=True), iso.common([low])
+    assert torch.linalg.matrix_rank(numerical.update.double(), rtol=1e-5) == 2
+    assert torch.linalg.matrix_rank(full.update.double(), rtol=1e-5) == 20
+
+
+# -- continual ----------------------------------------------------------------------------------
+
+
+@few
+@given(seed=seeds, shape=shapes, alpha=st.floats(0.0, 0.99))
+def test_projection_leaves_nothing_on_the_protected_pairs(
+    seed: int, shape: tuple[int, int], alpha: float
+) -> None:
+    update, delta = draw(seed, shape, 2)
+    kept = opcm.project(update, delta, alpha=alpha)
+    U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    rank = opcm.occupied_rank(S, alpha)
+    core = U.T @ kept @ Vh.T
+    assert float(core.diagonal().abs().max()) < 1e-5
+    if rank:
+        assert float(core[:rank, :rank].abs().max()) < 1e-5
+
+
+def test_protecting_all_leaves_nothing_that_touches_a_dominant_direction() -> None:
+    update, delta = draw(31, (9, 7), 2)
+    U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    rank = opcm.occupied_rank(S, 0.6)
+    assert rank > 0
+    kept = opcm.project(update, delta, alpha=0.6, zero_diagonal=False, protect="all")
+    assert float((U[:, :rank].T @ kept).abs().max()) < 1e-6
+    assert float((kept @ Vh[:rank].T).abs().max()) < 1e-6
+
+
+def test_the_same_model_again_adds_nothing() -> None:
+    (delta,) = draw(32, (8, 6), 1)
+    assert_near(opcm.add(delta, delta), delta, 1e-6)
+
+
+def test_a_tensor_nothing_has_touched_takes_the_new_task_vector() -> None:
+    (delta,) = draw(33, (8, 6), 1)
+    assert_near(opcm.add(torch.zeros(8, 6), delta), delta, 0.0)
+
+
+# -- WUDI and OptMerge --------------------------------------------------------------------------
+
+
+@few
+@given(seed=seeds, shape=shapes)
+def test_wudi_gradient_and_loss_are_those_of_the_definition(
+    seed: int, shape: tuple[int, int]
+) -> None:
+    deltas = [delta.double() for delta in draw(seed, shape)]
+    m = draw(seed + 7, shape, 1)[0].double().requires_grad_()
+    loss = sum(((m - d) @ d.T).square().sum() / d.square().sum() for d in deltas)
+    loss.backward()
+    found = quadratic.wudi_problem(deltas)
+    for form in (found, found.gram()):
+        torch.testing.assert_close(form.gradient(m.detach()), m.grad, rtol=1e-9, atol=1e-9)
+        assert form.loss(m.detach()) == pytest.approx(float(loss.detach()), rel=1e-9)
+
+
+@few
+@given(seed=seeds, shape=shapes)
+def test_closed_form_without_filter_is_the_minimum(seed: int, shape: tuple[int, int]) -> None:
+    deltas = [delta.double() for delta in draw(seed, shape)]
+    problem = quadratic.wudi_problem(deltas)
+    start = quadratic.starting_point(deltas, "sum")
+    best = quadratic.closed_form(problem, start, quadratic.Spectral("none"))
+    for other in (start, start / 3, quadratic.adam(problem, start, 50, 1e-2)):
+        assert problem.loss(best) <= problem.loss(other) + 1e-9
+    assert float(problem.gradient(best).abs().max()) < 1e-8
+
+
+@pytest.mark.parametrize("shape", [(3, 20), (20, 3)])
+def test_filters_run_from_the_start_to_the_minimum(shape: tuple[int, int]) -> None:
+    deltas = [delta.double() for delta in draw(41, shape)]
+    problem, start = quadratic.wudi_problem(deltas), quadratic.starting_point(deltas, "sum")
+    best = quadratic.closed_form(problem, start, quadratic.Spectral("none"))
+    for spectral, expected in (
+        (quadratic.Spectral(time=1e-9), start),
+        (quadratic.Spectral(time=1e9), best),
+        (quadratic.Spectral("tikhonov", strength=1e-12), best),
+        (quadratic.Spectral("landweber", iterations=0), start),
+    ):
+        assert_near(quadratic.closed_form(problem, start, spectral), expected, 1e-6)
+
+
+def test_tasks_with_disjoint_inputs_do_not_interfere() -> None:
+    deltas = [torch.zeros(5, 12) for _ in range(3)]
+    for task, delta in enumerate(deltas):
+        delta[:, 4 * task : 4 * task + 4] = draw(task + 50, (5, 4), 1)[0]
+    merged = quadratic.wudi_closed(deltas, quadratic.Spectral("none"), init="mean")
+    assert_near(merged, sum(deltas), 1e-5)
+
+
+@few
+@given(seed=seeds, scale=st.floats(0.01, 100))
+def test_closed_form_scales_with_the_task_vectors(seed: int, scale: float) -> None:
+    deltas = draw(seed, (6, 8))
+    spectral = quadratic.Spectral("none", adaptive="participation_sqrt")
+    scaled = quadratic.wudi_closed([scale * delta for delta in deltas], spectral)
+    assert_near(scaled / scale, quadratic.wudi_closed(deltas, spectral), 1e-4)
+
+
+@pytest.mark.parametrize("rule", [*quadratic.ADAPTIVE, "cumvar_0.9"])
+def test_adaptive_ranks_lie_between_one_direction_and_all(rule: str) -> None:
+    flat = torch.ones(10, dtype=torch.float64)
+    single = torch.full((10,), 1e-8, dtype=torch.float64)
+    single[0] = 1.0
+    assert quadratic.adaptive_rank(single, rule, (10, 10)) <= 2
+    assert 1 <= quadratic.adaptive_rank(flat, rule, (10, 10)) <= 10
+
+
+def test_unknown_rank_rule_says_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"participation_sqrt.*cumvar_<share>"):
+        quadratic.adaptive_rank(torch.ones(3), "elbow", (3, 3))
+
+
+def test_descent_without_momentum_never_raises_the_loss() -> None:
+    deltas = [delta.double() for delta in draw(61, (6, 9))]
+    problem = optmerge.denoised_problem(deltas, "lora", 2)
+    m, losses = linalg.mean(deltas), []
+    for _ in range(20):
+        losses.append(problem.loss(m))
+        m = quadratic.sgd(problem, m, 1, 0.4, 0.0)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+def test_optmerge_at_full_rank_is_wudi() -> None:
+    deltas = draw(62, (6, 8))
+    centred = optmerge.merge(deltas, "full", ratio=1.0, steps=40, lr=1e-3)
+    assert_near(centred, quadratic.wudi_adam(deltas, steps=40, lr=1e-3), 1e-5)
+
+
+# -- measured statistics ------------------------------------------------------------------------
+
+
+@few
+@given(seed=seeds, scale=st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_regmean_is_the_least_squares_optimum(seed: int, scale: float) -> None:
+    weights, inputs = draw(seed, (4, 6), 2), draw(seed + 1, (30, 6), 2)
+    grams = [x.T @ x / len(x) for x in inputs]
+    best = regmean.merge(weights, grams, scale=scale)
+    assert not best.ridged
+
+    def error(W: torch.Tensor) -> float:
+        shrunk = [regmean.shrink(gram, scale) for gram in grams]
+        moved = [(W - own).double() for own in weights]
+        return float(sum(torch.trace(m @ G @ m.T) for m, G in zip(moved, shrunk, strict=True)))
+
+    for step in draw(seed + 2, (4, 6), 3):
+        assert error(best.weight + 0.01 * step) >= error(best.weight)
+
+
+def test_regmean_averages_inputs_that_no_model_saw() -> None:
+    weights, inputs = draw(71, (4, 6), 2), draw(72, (30, 6), 2)
+    for x in inputs:
+        x[:, 2] = 0.0
+    merged = regmean.merge(weights, [x.T @ x for x in inputs], scale=0.9).weight
+    assert_near(merged[:, 2], (weights[0] + weights[1])[:, 2] / 2, 1e-6)
+
+
+def test_regmean_with_fewer_tokens_than_inputs_keeps_what_nothing_determines() -> None:
+    (weight,), (inputs,) = draw(73, (4, 6), 1), draw(74, (2, 6), 1)
+    solved = regmean.merge([weight, weight], [inputs.T @ inputs] * 2, scale=1.0)
+    assert solved.ridged
+    assert_near(solved.weight, weight, 1e-5)
+
+
+def test_regmean_takes_weights_with_the_inputs_first() -> None:
+    weights, inputs = draw(75, (4, 6), 2), draw(76, (30, 6), 2)
+    grams = [x.T @ x for x in inputs]
+    plain = regmean.merge(weights, grams).weight
+    turned = regmean.merge([W.T.contiguous() for W in weights], grams, transposed=True).weight
+    assert_near(turned.T, plain, 1e-6)
+
+
+@few
+@given(seed=seeds, floor=st.sampled_from(["favour_target", "all", "add"]))
+def test_fisher_merge_lies_between_the_models(seed: int, floor: fisher.Floor) -> None:
+    models, fishers = draw(seed, (5, 4)), [F.square() for F in draw(seed + 1, (5, 4))]
+    merged = fisher.merge(models, fishers, [0.2, 0.3, 0.5], floor)
+    stacked = torch.stack(models)
+    assert bool((merged <= stacked.amax(0) + 1e-6).all())
+    assert bool((merged >= stacked.amin(0) - 1e-6).all())
+
+
+def test_fisher_merge_minimises_the_sum_of_diagonal_quadratics() -> None:
+    models, curvatures = draw(81, (5, 4)), [F.square() + 0.1 for F in draw(82, (5, 4))]
+    merged = fisher.merge(models, curvatures, [1.0, 1.0, 1.0], "all")
+    pull = sum(F * (merged - theta) for theta, F in zip(models, curvatures, strict=True))
+    assert float(pull.abs().max()) < 1e-5
+
+
+def test_fisher_keeps_the_target_where_nobody_knows() -> None:
+    models = draw(83, (5, 4))
+    nothing = [torch.zeros(5, 4)] * 3
+    assert_near(fisher.merge(models, nothing, [1.0, 1.0, 1.0]), models[0], 0.0)
+    assert_near(fisher.merge(models, nothing, [0.0, 1.0, 1.0]), models[0], 0.0)
+    assert_near(fisher.merge(models, nothing, [1.0, 1.0, 1.0], "all"), sum(models) / 3, 1e-6)
+
+
+# -- KnOTS --------------------------------------------------------------------------------------
+
+
+@few
+@given(seed=seeds, shape=shapes)
+def test_updates_are_the_basis_times_their_coordinates(seed: int, shape: tuple[int, int]) -> None:
+    deltas = draw(seed, shape)
+    aligned = knots.align(deltas)
+    for delta, own in zip(deltas, aligned.coordinates, strict=True):
+        assert_near(aligned.U @ own, delta, 1e-5)
+    joint = torch.linalg.svdvals(torch.cat(deltas, dim=1).double())
+    torch.testing.assert_close(aligned.S, joint[: len(aligned.S)], rtol=1e-6, atol=1e-7)
