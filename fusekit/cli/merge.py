@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusekit.cli import plan as plan_command
+from fusekit.cli.format import size
 
 if TYPE_CHECKING:
     from fusekit.engine.run import MergeReport, Progress
@@ -111,7 +112,7 @@ def _plain_progress() -> Callable[[Progress], None]:
             last = at.seconds
             share = 100.0 * at.written / max(at.total, 1)
             speed = at.written / at.seconds / 1e9
-            print(f"{share:3.0f} %  {at.written / 1e9:.2f} GB  {speed:.2f} GB/s", file=sys.stderr)
+            print(f"{share:3.0f} %  {size(at.written)}  {speed:.2f} GB/s", file=sys.stderr)
 
     return show
 
@@ -121,13 +122,15 @@ def _print_report(report: MergeReport) -> None:
     again = f", {report.resumed} of them by an earlier run" if report.resumed else ""
     print(f"{report.out}: {report.tensors} tensors{again}")
     print(
-        f"read {report.bytes_read / 1e9:.2f} GB, wrote {report.bytes_written / 1e9:.2f} GB "
+        f"read {size(report.bytes_read)}, wrote {size(report.bytes_written)} "
         f"({ratio:.1f} bytes moved per byte written)"
     )
     print(
         f"{report.seconds:.1f} s, {report.cpu_seconds:.1f} s CPU, "
-        f"peak memory {report.peak_rss / 1e6:.0f} MB"
+        f"peak memory {size(report.peak_rss)}"
     )
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for found in report.nonfinite:
         print(
             f"warning: {found.model}: tensor {found.tensor!r} has {found.count} NaN or infinite "

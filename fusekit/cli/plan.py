@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fusekit.cli.format import size
+
 if TYPE_CHECKING:
     from fusekit.engine.plan import Plan
 
@@ -35,7 +37,7 @@ def show(recipe: Path, shard_bytes: int, tensors: bool = False) -> None:
     made = make_plan(recipe, out_shard_size=shard_bytes)
     try:
         _print_summary(made)
-        print(f"memory    about {memory_estimate(made, available_cpus()) / 1e6:.0f} MB of buffers")
+        print(f"memory    about {size(memory_estimate(made, available_cpus()))} of buffers")
         if tensors:
             _print_tensors(made)
     finally:
@@ -48,15 +50,18 @@ def _print_summary(made: Plan) -> None:
         print(f"method    {method.name}: {method.summary}")
     for checkpoint in made.checkpoints:
         nbytes = sum(info.nbytes for info in checkpoint.source.tensors.values())
-        print(f"input     {checkpoint.reference}  {nbytes / 1e9:.3f} GB")
+        print(f"input     {checkpoint.reference}  {size(nbytes)}")
+    for warning in made.warnings:
+        print(f"warning   {warning}")
     kinds = Counter(planned.kind for planned in made.tensors)
     copied = f", {kinds['same']} copied if equal (integer or empty)" if kinds["same"] else ""
+    copied += f", {kinds['first']} copied from the first" if kinds["first"] else ""
     print(f"tensors   {kinds['merge']} merged{copied}; granularity {made.granularity}")
     dtypes = Counter(planned.dtype.torch_name for planned in made.tensors)
     print("dtypes    " + ", ".join(f"{count} {name}" for name, count in dtypes.most_common()))
-    print(f"read      {made.input_bytes / 1e9:.3f} GB once ({_passes(made)} over the data)")
+    print(f"read      {size(made.input_bytes)} once ({_passes(made)} over the data)")
     shards = len(made.layout.shards)
-    print(f"write     {made.output_bytes / 1e9:.3f} GB in {shards} file{'s' * (shards > 1)}")
+    print(f"write     {size(made.output_bytes)} in {shards} file{'s' * (shards > 1)}")
 
 
 def _passes(made: Plan) -> str:

@@ -28,12 +28,16 @@ class TensorRef:
     dtype: DType
 
 
+Kind = Literal["merge", "same", "first"]
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One output tensor.
 
-    `kind` is `merge` for floating-point tensors and `same` for integer and boolean ones, which must
-    be equal in all operands and are copied. `group` names the tensors that share summaries.
+    `kind` is `merge` for floating-point tensors, `same` for integer and boolean ones, which must be
+    equal in all operands and are copied, and `first` for what is copied from the base or else the
+    first model whatever the others hold. `group` names the tensors that share summaries.
     """
 
     tensor: Tensor
@@ -42,7 +46,7 @@ class PlannedTensor:
     base: TensorRef | None
     method: Method
     group: str
-    kind: Literal["merge", "same"] = "merge"
+    kind: Kind = "merge"
     compute: Literal["float32", "float64"] = "float32"
 
     @property

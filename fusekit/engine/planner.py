@@ -12,8 +12,8 @@ from fusekit.checkpoint.dtypes import DType, dtype_named
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
-from fusekit.checkpoint.source import TensorInfo
-from fusekit.engine.plan import Plan, PlannedTensor, TensorRef
+from fusekit.checkpoint.source import TensorInfo, TensorSource
+from fusekit.engine.plan import Kind, Plan, PlannedTensor, TensorRef
 from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.methods.base import Granularity, Method, Tensor
 from fusekit.methods.lines import scale_layers, schedule
@@ -123,21 +123,24 @@ def plan_checkpoints(
     reference = models[0] if base is None else base
     infos = checkpoints[reference].source.tensors
     used = [*([] if base is None else [base]), *models]
-    for other in dict.fromkeys(used):
-        _check_same_tensors(checkpoints[reference], checkpoints[other])
+    if method.missing == "refuse":
+        for other in dict.fromkeys(used):
+            _check_same_tensors(checkpoints[reference], checkpoints[other])
+    sources = [checkpoints[i].source for i in used]
+    kinds = {name: _kind(info, method, sources) for name, info in infos.items()}
 
     layers = infer_layers(infos)
     method = _with_layer_scaling(recipe, method, has_base=base is not None, layers=layers)
     groups = {name: _group(name, layers[name], recipe.granularity) for name in infos}
     sizes: dict[str, int] = {}
     for name, info in infos.items():
-        if _is_merged(info):
+        if kinds[name] == "merge":
             sizes[groups[name]] = sizes.get(groups[name], 0) + info.size
 
     values = _ParameterValues(recipe, method, operands)
     planned = []
     for name, info in infos.items():
-        merged = _is_merged(info)
+        merged = kinds[name] == "merge"
         parameters, model_parameters = values.of(name, layers[name]) if merged else ({}, ())
         tensor = Tensor(
             name=name,
@@ -153,7 +156,8 @@ def plan_checkpoints(
             masks=tuple(None if m is None else m.get(name) for m in masks),
             granularity=recipe.granularity,
         )
-        refs = tuple(_ref(checkpoints, source, name) for source in models)
+        holders = models[:1] if kinds[name] == "first" else models
+        refs = tuple(_ref(checkpoints, source, name) for source in holders)
         base_ref = None if base is None else _ref(checkpoints, base, name)
         wide = recipe.dtype == "float64" or any(
             ref.dtype.name == "F64" for ref in (*refs, *([base_ref] if base_ref else []))
@@ -161,12 +165,12 @@ def plan_checkpoints(
         planned.append(
             PlannedTensor(
                 tensor=tensor,
-                dtype=_output_dtype(recipe, info) if merged else info.dtype,
+                dtype=_output_dtype(recipe, info) if _is_float(info) else info.dtype,
                 models=refs,
                 base=base_ref,
                 method=method,
                 group=groups[name],
-                kind="merge" if merged else "same",
+                kind=kinds[name],
                 compute="float64" if wide else "float32",
             )
         )
@@ -179,6 +183,7 @@ def plan_checkpoints(
         seed=recipe.seed,
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
         config_from=reference,
+        warnings=_dropped(checkpoints[reference], sources),
         config_updates=_config_updates(recipe),
     )
 
@@ -205,8 +210,30 @@ def random_key(seed: int, model: int, tensor: str) -> int:
     return int(xxhash.xxh3_64_intdigest(f"{seed}/{model}/{tensor}".encode()))
 
 
-def _is_merged(info: TensorInfo) -> bool:
+def _is_float(info: TensorInfo) -> bool:
     return info.dtype.is_float and info.size > 0
+
+
+def _kind(info: TensorInfo, method: Method, sources: Sequence[TensorSource]) -> Kind:
+    if method.missing == "first":
+        found = [source.tensors.get(info.name) for source in sources]
+        if not all(other is not None and other.shape == info.shape for other in found):
+            return "first"
+    if _is_float(info):
+        return "merge"
+    return "same" if method.integers == "equal" else "first"
+
+
+def _dropped(reference: Checkpoint, sources: Sequence[TensorSource]) -> tuple[str, ...]:
+    """A warning for tensors that the output leaves out because the first model has none."""
+    names = {name for source in sources for name in source.tensors}
+    extra = sorted(names - set(reference.source.tensors))
+    if not extra:
+        return ()
+    return (
+        f"{len(extra)} tensor(s) that {reference.reference} does not have are left out, "
+        f"such as {extra[0]!r}",
+    )
 
 
 def _ref(checkpoints: Sequence[Checkpoint], source: int, name: str) -> TensorRef:

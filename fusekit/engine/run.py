@@ -54,6 +54,7 @@ class MergeReport:
     peak_rss: int
     nonfinite: tuple[NonFinite, ...] = ()
     overflows: Mapping[str, int] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def merge(
@@ -118,6 +119,7 @@ def merge(
         peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         nonfinite=tuple(execution.nonfinite),
         overflows=execution.overflows,
+        warnings=plan.warnings,
     )
 
 

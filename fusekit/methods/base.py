@@ -284,6 +284,10 @@ class Method:
     max_models: int | None = None
     model_scope: bool = False
     """Whether rules ask for whole-model summaries whatever the granularity."""
+    integers: Literal["equal", "first"] = "equal"
+    """Integer and boolean tensors: `equal` in all models, or the base's (else the first model's)."""
+    missing: Literal["refuse", "first"] = "refuse"
+    """Tensors not all models have in one shape: `refuse` them, or keep the first model's."""
     passes: str = "one"
     use_when: str = ""
     caveats: str = ""

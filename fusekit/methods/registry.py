@@ -23,7 +23,7 @@ _FAMILIES = (
     "passthrough",
     "pcb",
     "widen",
-    "varm",
+    "varm", "soups",
 )
 
 
