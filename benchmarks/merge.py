@@ -163,8 +163,8 @@ def table(rows: list[Row], peers: dict[str, Cost], about: str) -> str:
     lines = [
         about,
         "",
-        "| method | models read | copy CPU s | merge CPU s | ratio | wall s | peak MB | start-up CPU s |"
-        + (" peer CPU s |" if peers else ""),
+        "| method | models read | copy CPU s | merge CPU s | ratio | wall s | peak MB "
+        "| start-up CPU s |" + (" peer CPU s |" if peers else ""),
         "|---|---|---|---|---|---|---|---|" + ("---|" if peers else ""),
     ]
     for row in rows:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class FusekitError(Exception):
-    """Any refusal that is the input's fault, not ours. The CLI prints it and exits with status 2."""
+    """Any refusal that is the input's fault. The CLI prints it and exits with status 2."""
 
 
 class RecipeError(FusekitError):

@@ -59,14 +59,10 @@ def _print_summary(made: Plan) -> None:
     print(f"tensors   {kinds['merge']} merged{copied}; granularity {made.granularity}")
     dtypes = Counter(planned.dtype.torch_name for planned in made.tensors)
     print("dtypes    " + ", ".join(f"{count} {name}" for name, count in dtypes.most_common()))
-    print(f"read      {size(made.input_bytes)} once ({_passes(made)} over the data)")
+    passes = made.tensors[0].method.passes if made.tensors else "one"
+    print(f"read      {size(made.input_bytes)}; passes over it: {passes}")
     shards = len(made.layout.shards)
     print(f"write     {size(made.output_bytes)} in {shards} file{'s' * (shards > 1)}")
-
-
-def _passes(made: Plan) -> str:
-    passes = made.tensors[0].method.passes if made.tensors else "one"
-    return f"passes: {passes}"
 
 
 def _print_tensors(made: Plan) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fusekit.cli.format import size
+
 
 def verify(
     out: Annotated[Path, typer.Argument(help="A folder that fusekit wrote.", show_default=False)],
@@ -17,7 +19,7 @@ def verify(
 
     result = check(out)
     if result.ok:
-        print(f"{out}: {result.tensors} tensors, {result.nbytes / 1e9:.3f} GB, all as written")
+        print(f"{out}: {result.tensors} tensors, {size(result.nbytes)}, all as written")
         return
     for problem in result.problems:
         print(f"{out}: {problem}", file=sys.stderr)

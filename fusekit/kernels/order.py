@@ -40,7 +40,7 @@ def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> 
     marks = np.empty(_CHUNK, np.uint8)
     eights = marks.view(np.uint64)
     width = keys.dtype.type(high - low)
-    above = 0
+    above: int = 0
     for start in range(0, keys.size, _CHUNK):
         part = keys[start : start + _CHUNK]
         if part.size < _CHUNK:
@@ -49,7 +49,7 @@ def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> 
         for i in range(part.size):
             over += np.uint32(part[i] > high)
             marks[i] = np.uint8(keys.dtype.type(part[i] - low) <= width)
-        above += over
+        above += int(over)
         for eight in range(eights.size):
             if eights[eight]:
                 for i in range(8 * eight, 8 * eight + 8):
