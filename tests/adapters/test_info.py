@@ -83,6 +83,16 @@ def test_a_rank_without_effect_spans_nothing():
     assert compare_adapters([one, other]).input[0, 1] == pytest.approx(0, abs=1e-12)
 
 
+def test_spaces_are_those_of_the_product_not_of_its_factors():
+    eye = np.eye(6, dtype=np.float32)
+    A = np.stack([0 * eye[0], eye[0], eye[1]])
+    B = np.stack([eye[0], eye[1], 0 * eye[0]], axis=1)
+    one = make_adapter(make_module("m.weight", A, B))
+    other = make_adapter(make_module("m.weight", eye[2:3], eye[:, :1]))
+    overlap = compare_adapters([one, other])
+    assert overlap.output[0, 1] == pytest.approx(0, abs=1e-12)
+
+
 def test_pairs_without_common_modules_are_counted_as_such():
     overlap = compare_adapters(
         [random_adapter(1, {"a.weight": (3, 4)}), random_adapter(2, {"b.weight": (3, 4)})]

@@ -20,7 +20,7 @@ from fusekit.adapters.reversible import (
 )
 from fusekit.errors import CheckpointError, FusekitError
 
-from .support import load_vectors, make_adapter, random_adapter, under
+from .support import load_vectors, make_adapter, make_module, random_adapter, under
 
 SHAPES = {"a.weight": (9, 7), "b.weight": (6, 8)}
 
@@ -83,6 +83,7 @@ def test_reported_errors_and_sizes_are_the_real_ones(tmp_path):
     original = sum(m.A.size + m.B.size for a in adapters.values() for m in a.modules.values())
     assert report.ratio == pytest.approx(stored / original)
     assert report.ratio == pytest.approx(storage_ratio(1, 4, 5))
+    assert report.truncated_rank == 2
     for error in report.errors:
         packed = relative_error(pack.unpack(error.task), adapters[error.task])
         assert error.packed == pytest.approx(packed, rel=1e-4)
@@ -138,6 +139,18 @@ def test_alignment_undoes_a_rotation_of_the_rank_space(tmp_path):
     aligned = pack_adapters(both, tmp_path / "aligned", directions=0, align=True)
     assert min(error.packed for error in plain.errors) > 0.1
     assert max(error.packed for error in aligned.errors) < 1e-4
+
+
+def test_alignment_settles_what_equal_singular_values_leave_open(tmp_path):
+    rng = np.random.default_rng(0)
+    A = np.linalg.qr(rng.standard_normal((9, 3)))[0].T
+    B = np.linalg.qr(rng.standard_normal((8, 3)))[0]
+    tasks = {}
+    for i in range(4):
+        noisy = [(x + 1e-3 * rng.standard_normal(x.shape)).astype("f4") for x in (A, B)]
+        tasks[f"task{i}"] = make_adapter(make_module("m.weight", *noisy))
+    report = pack_adapters(tasks, tmp_path / "pack", directions=0, align=True)
+    assert max(error.packed for error in report.errors) < 0.02
 
 
 @settings(max_examples=10, deadline=None)
