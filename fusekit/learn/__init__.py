@@ -1,0 +1,48 @@
+"""Merging that is chosen or learned by what the result can do: soups, surgery."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fusekit.errors import MissingExtraError
+
+if TYPE_CHECKING:
+    from fusekit.learn.learned import LearnedSoup, learned_soup
+    from fusekit.learn.soups import GreedySoup, Selection, greedy_soup, greedy_soup_folder, select
+    from fusekit.learn.surgery import Surgery, fit_surgery
+
+_HOMES = {
+    "GreedySoup": "soups",
+    "LearnedSoup": "learned",
+    "Selection": "soups",
+    "Surgery": "surgery",
+    "fit_surgery": "surgery",
+    "greedy_soup": "soups",
+    "greedy_soup_folder": "soups",
+    "learned_soup": "learned",
+    "select": "soups",
+}
+
+__all__ = [
+    "GreedySoup",
+    "LearnedSoup",
+    "Selection",
+    "Surgery",
+    "fit_surgery",
+    "greedy_soup",
+    "greedy_soup_folder",
+    "learned_soup",
+    "select",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fusekit.learn' has no attribute {name!r}")
+    try:
+        return getattr(importlib.import_module(f"fusekit.learn.{_HOMES[name]}"), name)
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise MissingExtraError(name, "torch") from None
