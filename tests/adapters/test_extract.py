@@ -202,6 +202,16 @@ def test_a_budget_is_spent_where_the_difference_is_largest(tmp_path):
     assert report.lost == ("b.weight",)
 
 
+def test_singular_values_go_to_both_factors_or_to_one(tmp_path):
+    base, tuned = models()
+    for distribute in (True, False):
+        extract(base, tuned, tmp_path / str(distribute), rank=3, distribute=distribute)
+        module = load_adapter(tmp_path / str(distribute)).modules["model.layers.0.up_proj.weight"]
+        lengths = np.linalg.norm(module.B, axis=0)
+        wanted = np.linalg.norm(module.A, axis=1) if distribute else np.ones(3)
+        np.testing.assert_allclose(lengths, wanted, rtol=1e-4)
+
+
 def test_embeddings_as_lora_and_skips(tmp_path):
     base, tuned = models()
     tuned["model.embed_tokens.weight"] = base["model.embed_tokens.weight"] + 1

@@ -328,6 +328,13 @@ def test_aligned_coordinates_rebuild_every_update():
         )
 
 
+def test_knots_drops_directions_of_rounding_noise():
+    eye = np.eye(6, dtype=np.float32)
+    scales = np.array([1.0, 1e-3, 1e-6], np.float32)
+    aligned = align([(eye[:3], eye[:, :3] * scales, 1.0)])
+    np.testing.assert_allclose(aligned.S, [1.0, 1e-3], rtol=1e-6)
+
+
 def test_knots_ties_turns_with_the_output_space():
     adapters = [random_adapter(seed, {"m.weight": (8, 6)}, rank=2) for seed in range(2)]
     turn = np.linalg.qr(np.random.default_rng(0).standard_normal((8, 8)))[0].astype("f4")
@@ -477,6 +484,8 @@ def test_saved_tensors_follow_the_policy():
     two = dataclasses.replace(two, replacements={"head.weight": 3 * head, "same.weight": head})
     with pytest.raises(CheckpointError, match=r"'head\.weight' is saved whole, and differently"):
         merge_adapters([one, two])
+    equal = [dataclasses.replace(a, replacements={"same.weight": head}) for a in (one, two)]
+    np.testing.assert_array_equal(merge_adapters(equal).replacements["same.weight"], head)
     first = merge_adapters([one, two], options=MergeOptions(replacements="first"))
     np.testing.assert_array_equal(first.replacements["head.weight"], head)
     mean = merge_adapters([one, two], "svd", [1, 3], MergeOptions(replacements="average"))

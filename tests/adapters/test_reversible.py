@@ -176,6 +176,20 @@ def test_a_task_can_be_added_without_touching_the_others(tmp_path):
     assert relative_error(pack.unpack("task0"), before) < 1e-7
 
 
+def test_an_added_task_may_come_in_another_gauge(tmp_path):
+    adapters = tasks_of(2)
+    pack_adapters(
+        {"x": adapters["task0"], "y": adapters["task0"]},
+        tmp_path / "pack",
+        directions=0,
+        align=True,
+    )
+    turn = np.linalg.qr(np.random.default_rng(0).standard_normal((4, 4)))[0].astype("f4")
+    modules = adapters["task0"].modules.values()
+    turned = make_adapter(*(dataclasses.replace(m, A=turn.T @ m.A, B=m.B @ turn) for m in modules))
+    assert open_pack(tmp_path / "pack").add("turned", turned) < 1e-4
+
+
 def test_ranks_and_modules_may_differ(tmp_path):
     adapters = {
         "x": random_adapter(1, SHAPES, rank=2),
