@@ -96,21 +96,22 @@ def scores(deltas: Array, low: Array, high: Array, comparison: int, out: Array) 
     kind = deltas.dtype.type
     models = kind(n)
     signed = np.empty((n, _CHUNK), deltas.dtype)
-    buffers = np.empty((3, _CHUNK), deltas.dtype)
+    buffers = np.empty((2, _CHUNK), deltas.dtype)
+    totals = np.empty(_CHUNK, np.float64)
     integers = np.empty(_CHUNK, np.int32)
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)
         length = stop - start
-        total, value, work = buffers[0, :length], buffers[1, :length], buffers[2, :length]
+        total, value, work = totals[:length], buffers[0, :length], buffers[1, :length]
         powers = integers[:length]
-        total[:] = 0
+        total[:] = 0.0
         for r in range(n):
             row = deltas[r, start:stop]
             normal = signed[r, :length]
             _normalise(row, low[r], high[r], normal)
             summand = row if comparison == RAW else normal
             for i in range(length):
-                total[i] += summand[i]
+                total[i] += np.float64(summand[i])
         if comparison == PAIRWISE:
             out[:, start:stop] = 0
             for r in range(n):
@@ -129,7 +130,7 @@ def scores(deltas: Array, low: Array, high: Array, comparison: int, out: Array) 
             for r in range(n):
                 row, target = deltas[r, start:stop], out[r, start:stop]
                 for i in range(length):
-                    value[i] = row[i] * total[i]
+                    value[i] = row[i] * kind(total[i])
                 tangent(value, work, powers)
                 target[:] = value
         for r in range(n):
