@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from fusekit.methods import Method, available
 from tests.engine.support import (
     assert_same_bytes,
-    assert_within_ulps,
     execute,
     random_models,
 )
@@ -28,13 +27,16 @@ class Setup:
     """How a method is tried: parameters beyond the required ones, and what it promises.
 
     `identical` are the parameters under which any number of equal models give that model (None:
-    never). `symmetric` says whether the order of the models is without meaning, `interpolates`
-    whether one model alone gives that model. `scaled` are parameters under which a common factor on
-    all weights cancels (None: it does not).
+    never). `symmetric` says whether the order of the models is without meaning (None: unless the
+    first of them is the base), `order_tolerance` how far another order may move a value, relative
+    to the largest operand, where a method's scores are float32. `interpolates` says whether one
+    model alone gives that model. `scaled` are parameters under which a common factor on all weights
+    cancels (None: it does not).
     """
 
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    symmetric: bool = True
+    symmetric: bool | None = None
+    order_tolerance: float = 0.0
     interpolates: bool = False
     identical: Mapping[str, Any] | None = None
     scaled: Mapping[str, Any] | None = None
@@ -42,13 +44,14 @@ class Setup:
 
 SETUPS = {
     "linear": Setup(interpolates=True, identical={}, scaled={}),
-    "slerp": Setup(symmetric=False, interpolates=True, identical={}),
+    "slerp": Setup(interpolates=True, identical={}),
     "nuslerp": Setup(interpolates=True, identical={}, scaled={}),
     "multislerp": Setup(interpolates=True, identical={}, scaled={}),
     "karcher": Setup(interpolates=True, identical={}, scaled={}),
     "passthrough": Setup(interpolates=True, identical={}),
     "task_arithmetic": Setup(identical={"normalize": True}, scaled={"normalize": True}),
     "ties": Setup(identical={"density": 1.0}, scaled={"density": 0.4}),
+    "pcb": Setup(order_tolerance=1e-6),
     "dare_linear": Setup(
         {"density": 0.5, "rescale": "inverse"},
         symmetric=False,
@@ -76,6 +79,12 @@ SHAPES = {
 def setup_of(name: str) -> Setup:
     """The table's entry, or the bare defaults for a method that it does not know."""
     return SETUPS.get(name, Setup())
+
+
+def is_symmetric(name: str) -> bool:
+    """Whether the order of the models is without meaning."""
+    symmetric = setup_of(name).symmetric
+    return available()[name].base != "first" if symmetric is None else symmetric
 
 
 def required_values(method: Method) -> dict[str, Any]:
@@ -155,7 +164,7 @@ def test_threads_blocks_and_residency_do_not_change_a_bit(name: str, granularity
 
 
 @every_method
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 300),
@@ -191,8 +200,8 @@ def test_the_result_is_finite_and_of_the_inputs_shapes_and_dtypes(name: str) -> 
     assert all(v.dtype == np.float32 and np.isfinite(v).all() for v in merged.values())
 
 
-@pytest.mark.parametrize("name", [n for n in sorted(available()) if setup_of(n).symmetric])
-@settings(max_examples=6, deadline=None)
+@pytest.mark.parametrize("name", [n for n in sorted(available()) if is_symmetric(n)])
+@settings(max_examples=4, deadline=None)
 @given(order=st.permutations(range(4)), seed=st.integers(0, 1000))
 def test_the_order_of_the_models_does_not_matter(name: str, order: list[int], seed: int) -> None:
     method = available()[name]
@@ -201,13 +210,16 @@ def test_the_order_of_the_models_does_not_matter(name: str, order: list[int], se
     order = [i for i in order if i < len(models)]
     expected = merge(name, models, base, weights=weights)
     found = merge(name, [models[i] for i in order], base, weights=[weights[i] for i in order])
-    assert_within_ulps(found, expected, 1)
+    for tensor, values in expected.items():
+        largest = np.max([np.abs(model[tensor]) for model in models], axis=0)
+        allowed = np.maximum(np.spacing(np.abs(values)), setup_of(name).order_tolerance * largest)
+        assert (np.abs(found[tensor] - values) <= allowed).all(), tensor
 
 
 @pytest.mark.parametrize(
     "name", [n for n in sorted(available()) if setup_of(n).identical is not None]
 )
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(n=st.integers(1, 5), seed=st.integers(0, 1000))
 def test_identical_models_merge_into_that_model(name: str, n: int, seed: int) -> None:
     base, (model, *_) = operands(available()[name], 1, seed=seed)
