@@ -170,6 +170,15 @@ def to_float32(array: Array) -> Float:
     return array.astype(np.float32, copy=False)
 
 
+def same_bits(first: Array, other: Array) -> bool:
+    """Whether two contiguous arrays have the same type, shape and bytes."""
+    return (
+        first.dtype == other.dtype
+        and first.shape == other.shape
+        and np.array_equal(first.reshape(-1).view(np.uint8), other.reshape(-1).view(np.uint8))
+    )
+
+
 def common_dtype(arrays: Iterable[Array]) -> np.dtype[Any]:
     """The arrays' element type, or float32 where they differ."""
     kinds = {array.dtype for array in arrays}

@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Array, Kind, LoraModule, bias_name, to_float32
+from fusekit.adapters.adapter import (
+    Array,
+    Kind,
+    LoraModule,
+    bias_name,
+    same_bits,
+    to_float32,
+)
 from fusekit.adapters.linalg import (
     ThinSvd,
     allocate_ranks,
@@ -272,7 +279,7 @@ class _Differences:
         for name, info in self.model.tensors.items():
             tuned = read_finite(self.model, name)
             base = read_finite(self.base, name)
-            if base.shape == tuned.shape and np.array_equal(base, tuned):
+            if _same_values(base, tuned):
                 self.unchanged += 1
                 continue
             role = _role(name, info.shape, self._options)
@@ -300,6 +307,13 @@ class _Differences:
                 S=svd.S,
                 spooled=path,
             )
+
+
+def _same_values(base: Array, tuned: Array) -> bool:
+    """Whether two tensors are equal, be it in different element types."""
+    if same_bits(base, tuned):
+        return True
+    return base.shape == tuned.shape and np.array_equal(to_float32(base), to_float32(tuned))
 
 
 def _role(name: str, shape: tuple[int, ...], options: ExtractOptions) -> Role:

@@ -11,7 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, LoraModule, common_dtype, to_float32
+from fusekit.adapters.adapter import (
+    Adapter,
+    Array,
+    LoraModule,
+    common_dtype,
+    same_bits,
+    to_float32,
+)
 from fusekit.adapters.combine import (
     COMBINATIONS,
     Combination,
@@ -586,7 +593,7 @@ def _merged_replacements(
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.replacements):
         holders = [i for i, adapter in enumerate(adapters) if name in adapter.replacements]
         tensors = [adapters[i].replacements[name] for i in holders]
-        alike = all(_same(tensors[0], tensor) for tensor in tensors[1:])
+        alike = all(same_bits(tensors[0], tensor) for tensor in tensors[1:])
         if alike or options.replacements == "first":
             merged[name] = tensors[0]
         elif options.replacements == "error":
@@ -598,10 +605,6 @@ def _merged_replacements(
         else:
             merged[name] = _average(name, tensors, [weights[i] for i in holders])
     return merged
-
-
-def _same(first: Array, other: Array) -> bool:
-    return first.dtype == other.dtype and np.array_equal(first, other)
 
 
 def _average(name: str, tensors: Sequence[Array], weights: Sequence[float]) -> Array:

@@ -143,6 +143,8 @@ class AdapterWriter:
         ):
             out.write(len(header).to_bytes(8, "little") + header)
             shutil.copyfileobj(data, out, 1 << 22)
+            out.flush()
+            os.fsync(out.fileno())
         (self._work / "data").unlink()
         text = json.dumps(config, indent=2, sort_keys=True)
         (self._work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")

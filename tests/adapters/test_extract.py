@@ -300,6 +300,15 @@ def test_models_that_do_not_fit_are_refused(change, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_equal_values_in_another_type_are_unchanged(tmp_path):
+    _, tuned = models(dtype=ml_dtypes.bfloat16)
+    base = {name: tensor.astype(np.float32) for name, tensor in tuned.items()}
+    tuned["model.layers.0.up_proj.weight"] = tuned["model.layers.0.up_proj.weight"] * 2
+    report = extract(base, tuned, tmp_path / "a", rank=8, svd="exact")
+    assert report.unchanged == len(base) - 1
+    assert [module.name for module in report.modules] == ["model.layers.0.up_proj.weight"]
+
+
 def test_equal_models_have_no_adapter(tmp_path):
     base, _ = models()
     with pytest.raises(CheckpointError, match="no module has an update"):
