@@ -158,6 +158,17 @@ def test_samples_at_regular_places_may_mislead_but_the_result_is_exact(
     check(values, some_ranks(BIG), absolute=absolute)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize(("first", "rest"), [(1.0, 2.0), (2.0, 1.0)])
+def test_ranks_at_the_very_edge_of_what_the_samples_say(
+    first: float, rest: float, absolute: bool, dtype: Any
+) -> None:
+    values = in_every_granule(np.full(BIG, first, dtype), np.full(BIG, rest, dtype))
+    twos = int(np.count_nonzero(values == 2.0))
+    check(values, [twos - 1, twos, twos + 1], absolute=absolute)
+
+
 def test_a_narrow_peak_between_two_sampled_values() -> None:
     # What is sampled says: nothing between 1 and 2. All the ranks asked for lie there.
     ends = np.where(np.arange(BIG) % 2 == 0, 1.0, 2.0)
