@@ -27,6 +27,9 @@ _SCAN_LIMIT = 64
 """Up to this many open entries of a row are ranked by counting; beyond, the row is sorted."""
 
 _INSERTION = 24
+_CHUNK = 1024
+_EVERY_BYTE = np.uint64(0x0101010101010101)
+_DIAGONAL = np.uint64(0x8040201008040201)
 
 
 @njit(nogil=True, cache=True)
@@ -51,7 +54,8 @@ def _lay_out_bins(keys: Array, mantissa: int, bins: Array, starts: Array) -> int
     count = int((np.int64(top) - origin) >> shift) + 2
     for i in range(keys.size):
         above = np.int64(keys[i]) - origin
-        bins[i] = 0 if keys[i] == 0 else 1 + ((above if above > 0 else np.int64(0)) >> shift)
+        place = 1 + ((above if above > 0 else np.int64(0)) >> shift)
+        bins[i] = np.uint32(0 if keys[i] == 0 else place)
     starts[: count + 1] = 0
     for i in range(keys.size):
         starts[bins[i] + 1] += 1
@@ -107,40 +111,40 @@ def _keep_row(
     mantissa: int,
     bins: Array,
     starts: Array,
-    undecided: Array,
+    limits: Array,
+    marks: Array,
     keep: Array,
 ) -> None:
     """keep[i] = bits[i] < low + slope * rank(i). The fate of zeros is left open."""
     size = keys.size
-    always = np.uint32(min(np.ceil(low), 4294967295.0))
-    never = np.uint32(min(np.ceil(low + slope * (size - 1)), 4294967295.0))
-    for i in range(size):
-        keep[i] = bits[i] < always
-    open_count = 0
-    for i in range(size):
-        undecided[open_count] = i
-        open_count += (bits[i] >= always) & (bits[i] < never) & (keys[i] != 0)
     count = _lay_out_bins(keys, mantissa, bins, starts)
+    for b in range(count + 1):
+        limits[b] = np.uint32(min(np.ceil(low + slope * starts[b]), 4294967295.0))
+    limits[0] = limits[1]
+    for i in range(size):
+        b = bins[i]
+        surely = bits[i] < limits[b]
+        keep[i] = surely
+        marks[i] = surely ^ (bits[i] < limits[b + 1])
+    # Few entries are open: eight marks are looked at at once.
+    eights = marks.view(np.uint64)
     left = 0
-    for at in range(open_count):
-        i = undecided[at]
-        number = np.float64(bits[i])
-        first, last = starts[bins[i]], starts[bins[i] + 1] - 1
-        kept = number < low + slope * first
-        keep[i] = kept
-        undecided[left] = i
-        left += (not kept) & (number < low + slope * last)
-    if left <= _SCAN_LIMIT:
-        for at in range(left):
-            i = undecided[at]
-            keep[i] = np.float64(bits[i]) < low + slope * _rank(keys, i)
+    for eight in range(eights.size):
+        if eights[eight]:
+            for i in range(8 * eight, 8 * eight + 8):
+                left += marks[i]
+    if left > _SCAN_LIMIT:
+        order = np.empty(size, np.int32)
+        _sort_bins(keys, bins, starts, count, order)
+        for rank in range(size):
+            if marks[order[rank]]:
+                keep[order[rank]] = np.float64(bits[order[rank]]) < low + slope * rank
         return
-    order = np.empty(size, np.int32)
-    _sort_bins(keys, bins, starts, count, order)
-    for rank in range(size):
-        i = order[rank]
-        if bits[i] >= always and bits[i] < never:
-            keep[i] = np.float64(bits[i]) < low + slope * rank
+    for eight in range(eights.size):
+        if eights[eight]:
+            for i in range(8 * eight, 8 * eight + 8):
+                if marks[i]:
+                    keep[i] = np.float64(bits[i]) < low + slope * _rank(keys, i)
 
 
 @njit(nogil=True, cache=True)
@@ -176,9 +180,10 @@ def keep_by_rank(
             keep[i] = bits[i] < always
         return
     keys = np.empty(length, values.dtype)
-    bins = np.empty(length, np.int32)
+    bins = np.empty(length, np.uint32)
     starts = np.empty(max(2 * length, 2 * _MIN_BINS) + 4, np.int32)
-    undecided = np.empty(length + 1, np.int32)
+    limits = np.empty(starts.size, np.uint32)
+    marks = np.zeros(-(-length // 8) * 8, np.uint8)
     own_bits = np.empty(length, np.uint32)
     own_keep = np.empty(length, np.uint8)
     for begin in range(0, values.size, length * stride):
@@ -197,14 +202,15 @@ def keep_by_rank(
                     mantissa,
                     bins,
                     starts,
-                    undecided,
+                    limits,
+                    marks,
                     keep[first:stop],
                 )
                 continue
             for i in range(length):
                 keys[i] = values[first + i * stride] & magnitude
                 own_bits[i] = bits[first + i * stride]
-            _keep_row(keys, own_bits, low, slope, mantissa, bins, starts, undecided, own_keep)
+            _keep_row(keys, own_bits, low, slope, mantissa, bins, starts, limits, marks, own_keep)
             for i in range(length):
                 keep[first + i * stride] = own_keep[i]
 
@@ -215,7 +221,7 @@ def ranks(
 ) -> None:
     """out[i] = the rank of |value i| within its row, 0 the smallest, equal ones by position."""
     keys = np.empty(length, values.dtype)
-    bins = np.empty(length, np.int32)
+    bins = np.empty(length, np.uint32)
     starts = np.empty(max(2 * length, 2 * _MIN_BINS) + 4, np.int32)
     order = np.empty(length, np.int32)
     for begin in range(0, values.size, length * stride):
@@ -285,12 +291,17 @@ def keep_packed(row: Array, start: int, packed: Array) -> None:
         if not (packed[(start + i) >> 3] >> ((start + i) & 7)) & 1:
             row[i] = zero
     whole = (row.size - head) // 8
-    source = packed[(start + head) >> 3 : ((start + head) >> 3) + whole]
-    for g in range(whole):
-        byte = np.uint32(source[g])
-        part = row[head + 8 * g : head + 8 * g + 8]
-        for j in range(8):
-            part[j] = part[j] if (byte >> np.uint32(j)) & np.uint32(1) else zero
+    flags = np.empty(_CHUNK, np.uint8)
+    eights = flags.view(np.uint64)
+    for begin in range(0, whole, eights.size):
+        first = head + 8 * begin
+        part = row[first : min(first + _CHUNK, head + 8 * whole)]
+        source = packed[(start + first) >> 3 : (start + first + part.size) >> 3]
+        for g in range(source.size):
+            # Bit j of the byte stays in byte j alone.
+            eights[g] = (np.uint64(source[g]) * _EVERY_BYTE) & _DIAGONAL
+        for i in range(part.size):
+            part[i] = part[i] if flags[i] else zero
     for i in range(head + 8 * whole, row.size):
         if not (packed[(start + i) >> 3] >> ((start + i) & 7)) & 1:
             row[i] = zero
