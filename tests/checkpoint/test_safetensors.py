@@ -246,7 +246,7 @@ def test_names_that_occur_twice(tmp_path: Path) -> None:
     assert "'dtype' occurs twice" in refused(tmp_path, raw_file(header, bytes(4)))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_no_damage_to_a_header_gets_past_the_checks(data: st.DataObject) -> None:
     """Whatever is changed: refused, or tensors that lie within the file and fill it."""
@@ -264,7 +264,7 @@ def test_no_damage_to_a_header_gets_past_the_checks(data: st.DataObject) -> None
         assert end - begin == info.nbytes
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
