@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusekit.checkpoint.layout import SIDE_FILE
 from fusekit.checkpoint.safetensors import (
     INDEX_SUFFIX,
     SafetensorsFile,
@@ -90,7 +91,7 @@ def _open_folder(folder: Path) -> TensorSource:
     if indexes:
         preferred = folder / f"model{INDEX_SUFFIX}"
         return open_sharded(preferred if preferred in indexes else indexes[0])
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(path for path in folder.glob("*.safetensors") if path.name != SIDE_FILE)
     if not files:
         raise CheckpointError(
             f"{folder}: no weights found, expected *.safetensors or *{INDEX_SUFFIX}"

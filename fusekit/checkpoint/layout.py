@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +12,9 @@ from fusekit.checkpoint.source import TensorInfo
 from fusekit.errors import FusekitError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+SIDE_FILE = "task_masks.safetensors"
+"""What a merge writes besides its model: tensors that no loader of the model should see."""
+
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -27,9 +30,16 @@ class Shard:
 
 @dataclass(frozen=True)
 class Layout:
-    """All shards of an output, and which one holds which tensor."""
+    """All shards of an output, and which one holds which tensor; a side file if it has one."""
 
     shards: tuple[Shard, ...]
+    side: Shard | None = None
+    side_tensors: tuple[TensorInfo, ...] = ()
+
+    @property
+    def files(self) -> tuple[Shard, ...]:
+        """Every weight file, the side file last."""
+        return self.shards if self.side is None else (*self.shards, self.side)
 
     @cached_property
     def shard_of(self) -> dict[str, Shard]:
@@ -38,7 +48,7 @@ class Layout:
     @property
     def nbytes(self) -> int:
         """Size of all files together."""
-        return sum(shard.nbytes for shard in self.shards)
+        return sum(shard.nbytes for shard in self.files)
 
     def index_json(self) -> str | None:
         """The index of a sharded output, or None for a single file."""
@@ -49,11 +59,16 @@ class Layout:
         return json.dumps({"metadata": {"total_size": data}, "weight_map": weight_map}, indent=2)
 
 
-def lay_out(tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTES) -> Layout:
+def lay_out(
+    tensors: Iterable[TensorInfo],
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    side: Sequence[TensorInfo] = (),
+    side_metadata: Mapping[str, str] | None = None,
+) -> Layout:
     """Fill shards greedily in the given order; a new one starts where a tensor would not fit.
 
     A tensor larger than `shard_bytes` gets a shard of its own. Within a shard wider element types
-    come first, so that every tensor is aligned to its type.
+    come first, so that every tensor is aligned to its type. `side` tensors get a file of their own.
     """
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
@@ -73,13 +88,17 @@ def lay_out(tensors: Iterable[TensorInfo], shard_bytes: int = DEFAULT_SHARD_BYTE
                 members,
             )
             for number, members in enumerate(shards, start=1)
-        )
+        ),
+        _shard(SIDE_FILE, side, side_metadata) if side else None,
+        tuple(side),
     )
 
 
-def _shard(file_name: str, members: list[TensorInfo]) -> Shard:
+def _shard(
+    file_name: str, members: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None
+) -> Shard:
     ordered = sorted(members, key=lambda info: -info.dtype.itemsize)
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for info in ordered:
         entries[info.name] = {

@@ -23,10 +23,14 @@ def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists or cannot be created, before any work."""
     if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
         raise FusekitError(f"{target}: already exists; choose another output or pass --overwrite")
-    parent = target.absolute().parent
-    existing = next(path for path in (parent, *parent.parents) if path.exists())
+    existing = existing_parent(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise FusekitError(f"{existing}: not a writable folder, {target} cannot be created")
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above a path that is already there."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
 
 
 class CheckpointWriter:
@@ -39,26 +43,28 @@ class CheckpointWriter:
         self.layout = layout
         if not keep and self.folder.exists():
             shutil.rmtree(self.folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._check_space()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._fds: dict[str, int] = {}
-        for shard in layout.shards:
+        for shard in layout.files:
             fd = os.open(self.folder / shard.file_name, os.O_RDWR | os.O_CREAT, 0o644)
             self._fds[shard.file_name] = fd
             os.ftruncate(fd, shard.nbytes)
             os.pwrite(fd, shard.header, 0)
         self._place = {
             name: (self._fds[shard.file_name], offset)
-            for shard in layout.shards
+            for shard in layout.files
             for name, offset in shard.offsets.items()
         }
 
     def _check_space(self) -> None:
-        there = sum(file.stat().st_blocks * 512 for file in self.folder.iterdir())
-        free = shutil.disk_usage(self.folder).free
+        kept = self.folder.iterdir() if self.folder.exists() else ()
+        there = sum(file.stat().st_blocks * 512 for file in kept)
+        place = existing_parent(self.folder)
+        free = shutil.disk_usage(place).free
         if free + there < self.layout.nbytes:
             raise FusekitError(
-                f"{self.folder.parent}: {free / 1e9:.2f} GB free, the output needs "
+                f"{place}: {free / 1e9:.2f} GB free, the output needs "
                 f"{self.layout.nbytes / 1e9:.2f} GB"
             )
 

@@ -27,7 +27,7 @@ def subject(plan: Plan) -> dict[str, Any]:
         "fusekit": __version__,
         "recipe": dict(plan.recipe),
         "inputs": [source.identity() for source in plan.sources],
-        "shards": [[shard.file_name, shard.nbytes] for shard in plan.layout.shards],
+        "shards": [[shard.file_name, shard.nbytes] for shard in plan.layout.files],
     }
 
 

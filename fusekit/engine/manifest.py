@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from fusekit.checkpoint.folder import open_checkpoint
+from fusekit.checkpoint.layout import SIDE_FILE
+from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.plan import Plan
@@ -20,11 +23,16 @@ MANIFEST = "manifest.json"
 FORMAT = "fusekit-manifest/1"
 
 
-def manifest(plan: Plan, checksums: Mapping[str, str]) -> dict[str, Any]:
-    """Recipe, version, the inputs' identities and every output tensor's checksum."""
+def manifest(
+    plan: Plan, checksums: Mapping[str, str], side: TensorSource | None = None
+) -> dict[str, Any]:
+    """Recipe, version, the inputs' identities and every output tensor's checksum.
+
+    `side` is the side file as written, if the output has one.
+    """
     from fusekit import __version__
 
-    return {
+    content: dict[str, Any] = {
         "format": FORMAT,
         "fusekit": __version__,
         "recipe": dict(plan.recipe),
@@ -43,6 +51,17 @@ def manifest(plan: Plan, checksums: Mapping[str, str]) -> dict[str, Any]:
             for planned in plan.tensors
         },
     }
+    if side is not None:
+        content["side_tensors"] = {
+            info.name: {
+                "file": SIDE_FILE,
+                "dtype": info.dtype.name,
+                "shape": list(info.shape),
+                "checksum": tensor_checksum(side, info.name),
+            }
+            for info in side.tensors.values()
+        }
+    return content
 
 
 @dataclass(frozen=True)
@@ -78,16 +97,33 @@ def verify(out: Path) -> Verification:
             f"{path}: format {content['format']!r} with {content['checksum']!r}, "
             f"expected {FORMAT!r} with {ALGORITHM!r}"
         )
-    source = open_checkpoint(str(out)).source
-    problems = [f"{name}: not in the manifest" for name in source.tensors if name not in entries]
-    nbytes = 0
-    for name, entry in entries.items():
-        problem = _problem(source, name, entry)
-        if problem is None:
-            nbytes += source.tensors[name].nbytes
-        else:
-            problems.append(f"{name}: {problem}")
-    source.close()
+    found = [_compare(open_checkpoint(str(out)).source, entries)]
+    side = content.get("side_tensors")
+    if isinstance(side, dict):
+        try:
+            found.append(_compare(SafetensorsFile(out / SIDE_FILE), side))
+        except CheckpointError as error:
+            found.append(Verification(len(side), 0, (str(error),)))
+    return Verification(
+        sum(part.tensors for part in found),
+        sum(part.nbytes for part in found),
+        tuple(problem for part in found for problem in part.problems),
+    )
+
+
+def _compare(source: TensorSource, entries: Mapping[str, Any]) -> Verification:
+    """Check every tensor of a source, and close it."""
+    with contextlib.closing(source):
+        problems = [
+            f"{name}: not in the manifest" for name in source.tensors if name not in entries
+        ]
+        nbytes = 0
+        for name, entry in entries.items():
+            problem = _problem(source, name, entry)
+            if problem is None:
+                nbytes += source.tensors[name].nbytes
+            else:
+                problems.append(f"{name}: {problem}")
     return Verification(len(entries), nbytes, tuple(problems))
 
 

@@ -22,12 +22,14 @@ _SUBMODULES = (
     "elect",
     "gram",
     "linear",
+    "masks",
     "norms",
     "order",
     "overlap",
     "pairs",
     "random",
     "ranks",
+    "statistics",
     "thin",
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Hashable, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -17,6 +17,7 @@ from fusekit.checkpoint.layers import Layer
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
 
     Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -242,12 +243,29 @@ class Sequential(Summary):
         return state
 
 
+@dataclass(frozen=True)
+class SideTensor:
+    """An extra tensor that a method writes for one merged tensor, in a file of its own."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+SidePart = tuple[str, int, "Array"]
+"""Name of a side tensor, offset into it in bytes, and an array whose bytes go there."""
+
+
 class Combine(Request):
     """How the rows of a block become the merged row."""
 
     @abstractmethod
     def apply(self, block: Block, out: Array) -> None:
         """Write the merged elements; may destroy the block's rows."""
+
+    def side(self, block: Block) -> Iterable[SidePart]:
+        """What the block adds to the method's side tensors; asked right after `apply`."""
+        return ()
 
 
 @dataclass(frozen=True)
@@ -261,6 +279,22 @@ class Copy(Combine):
 
 
 Rule = Callable[[Tensor], Generator[Summary, Any, Combine]]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model's statistic of one tensor, and the L2 norm of that model's statistics together."""
+
+    value: torch.Tensor
+    norm: float
+
+
+MatrixRule = Callable[[Tensor, "list[torch.Tensor]", "list[Measured]"], "torch.Tensor"]
+"""(tensor, rows, statistics) -> the merged tensor, or update where the base is the origin.
+
+Rows are the models' tensors, or their task vectors where the base is the origin; they may be
+changed in place.
+"""
 
 
 @dataclass(frozen=True)
@@ -282,12 +316,23 @@ class Method:
     base_required: bool = False
     min_models: int = 1
     max_models: int | None = None
+    keeps_nonfinite: bool = False
+    """Whether NaN and Inf are handed on as they are (and reported), not refused."""
     model_scope: bool = False
     """Whether rules ask for whole-model summaries whatever the granularity."""
     integers: Literal["equal", "first"] = "equal"
-    """Integer and boolean tensors: `equal` in all models, or the base's (else the first model's)."""
+    """Integer and boolean tensors: `equal` in all, or the base's (else the first model's)."""
     missing: Literal["refuse", "first"] = "refuse"
     """Tensors not all models have in one shape: `refuse` them, or keep the first model's."""
+    side: Callable[[Tensor], tuple[SideTensor, ...]] | None = None
+    """Names the extra tensors that are written for a merged tensor: one set of data per task."""
+    whole: Callable[[Tensor], bool] | None = None
+    """Which tensors `matrix` merges as a whole, with torch; the others follow `rule`."""
+    matrix: MatrixRule | None = None
+    others: str = ""
+    """What becomes of tensors that are not merged as a whole, in words."""
+    statistic: Callable[[Tensor], str] | None = None
+    """The entry in every model's file of statistics that merging a tensor as a whole needs."""
     passes: str = "one"
     use_when: str = ""
     caveats: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -15,13 +15,17 @@ from fusekit.methods.base import (
     Block,
     Combine,
     Copy,
+    Measured,
     Method,
     Scope,
+    SidePart,
     Summary,
     Tensor,
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from fusekit.methods.base import Array
 
 Outside = float | Literal["alpha", "last"]
@@ -129,7 +133,22 @@ def scale_layers(method: Method, by: Schedule) -> Method:
             return combine
         return Copy(-1) if scale == 0.0 else Rescaled(combine, scale)
 
-    return replace(method, rule=rule, model_scope=method.model_scope or by.alpha is None)
+    def matrix(
+        tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]
+    ) -> torch.Tensor:
+        assert method.matrix is not None
+        place = by.places[tensor.name]
+        return method.matrix(tensor, rows, measured) * (place.factor * alpha + place.offset)
+
+    alpha = by.alpha if by.alpha is not None else 0.0
+    if method.matrix is None:
+        return replace(method, rule=rule, model_scope=method.model_scope or by.alpha is None)
+    if by.alpha is None:
+        raise RecipeError(
+            f"layer_scaling.alpha: 'auto' measures the merged update in blocks, and {method.name} "
+            "merges whole matrices; give a number"
+        )
+    return replace(method, rule=rule, matrix=matrix)
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,3 +207,6 @@ class Rescaled(Combine):
     def apply(self, block: Block, out: Array) -> None:
         self.combine.apply(block, out)
         kernels.linear.rescale_update(block.base, self.scale, out)
+
+    def side(self, block: Block) -> Iterable[SidePart]:
+        return self.combine.side(block)

@@ -23,7 +23,13 @@ _FAMILIES = (
     "passthrough",
     "pcb",
     "widen",
-    "varm", "soups",
+    "varm",
+    "soups",
+    "emr",
+    "tall_masks",
+    "singular",
+    "least_squares",
+    "measured",
 )
 
 

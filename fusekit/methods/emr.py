@@ -1,0 +1,137 @@
+"""EMR-Merging: elect a unified vector, mask it per task, rescale."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from fusekit import kernels
+from fusekit.kernels import GRANULE
+from fusekit.methods.base import (
+    Additive,
+    Block,
+    Combine,
+    Method,
+    Parameter,
+    Scope,
+    SidePart,
+    SideTensor,
+    Summary,
+    Tensor,
+)
+from fusekit.methods.task_masks import TASK, empty_masks, masks, packed, scales
+
+if TYPE_CHECKING:
+    from fusekit.methods.base import Array
+
+
+def _unified(block: Block) -> tuple[Array, Array]:
+    """The unified vector of a block, and per task where it agrees with it."""
+    update = block.scratch("unified", block.base.shape, block.rows.dtype)
+    keep = empty_masks(block)
+    kernels.masks.unify(block.rows, update, keep)
+    return update, keep
+
+
+@dataclass(frozen=True)
+class Magnitudes(Additive):
+    """Per task sum |tau_k|, then sum |M_k tau_u|; with `by_tensor` every tensor adds its means."""
+
+    deltas: ClassVar[bool] = True
+
+    by_tensor: bool
+    scope: Scope
+
+    def width(self, tensor: Tensor) -> int:
+        return 2 * tensor.models
+
+    def measure(self, block: Block, out: Array) -> None:
+        update, keep = _unified(block)
+        n = len(keep)
+        kernels.norms.sums(block.rows, 1, GRANULE, out[:, :n])
+        kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
+        if self.by_tensor:
+            out /= block.tensor.size
+
+
+@dataclass(frozen=True)
+class Unify(Combine):
+    """base + the unified vector; masks and scales go beside it."""
+
+    deltas: ClassVar[bool] = True
+
+    scales: tuple[float, ...]
+
+    def apply(self, block: Block, out: Array) -> None:
+        import numpy as np
+
+        update, _ = _unified(block)
+        kernels.linear.weighted_sum(update[np.newaxis], np.ones(1), block.base, 1.0, out)
+
+    def side(self, block: Block) -> Iterator[SidePart]:
+        import numpy as np
+
+        yield from packed(block, empty_masks(block))
+        if block.start == 0:
+            yield f"scales.{block.tensor.name}", 0, np.array(self.scales, dtype=np.float64)
+
+
+def _emr(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+    scope: Scope = "tensor" if tensor["rescale"] == "per_tensor" else "model"
+    sums = yield Magnitudes(tensor["rescale"] == "code", scope)
+    own, kept = sums[: tensor.models].tolist(), sums[tensor.models :].tolist()
+    return Unify(tuple(a / b if b > 0 else 1.0 for a, b in zip(own, kept, strict=True)))
+
+
+def _side(tensor: Tensor) -> tuple[SideTensor, ...]:
+    return masks(tensor), scales(tensor)
+
+
+METHODS = (
+    Method(
+        name="emr",
+        title="EMR-Merging",
+        summary=(
+            "One unified model, plus a bit per weight and a scale for every task, from which "
+            "`fusekit reconstruct` rebuilds each expert closely."
+        ),
+        formula=(
+            "y = base + u, u = s max{|d_k| : d_k s > 0}, s = sign(sum_k d_k); "
+            "task k: base + r_k [d_k s > 0] u"
+        ),
+        references=(
+            "Huang et al., EMR-Merging: Tuning-Free High-Performance Model Merging, NeurIPS 2024, "
+            "arXiv 2405.17461",
+        ),
+        parameters=(
+            Parameter(
+                "rescale",
+                "choice",
+                "What the scale r_k matches: sums over tensors of mean magnitudes (code, as the "
+                "authors' program), sums over all weights (global, as the paper), or each tensor's "
+                "sum on its own (per_tensor: recommended, better and more stable).",
+                default="code",
+                choices=("code", "global", "per_tensor"),
+            ),
+            TASK,
+        ),
+        rule=_emr,
+        base="origin",
+        base_required=True,
+        model_scope=True,
+        integers="first",
+        side=_side,
+        passes="two (scales, unified vector and masks)",
+        use_when=(
+            "Serving many experts of one base when the task is known: one model and 1/16 (bf16) "
+            "or 1/32 (float32) of a model per task."
+        ),
+        caveats=(
+            "Not one model for all tasks: the unified model alone is no good merge, and comparing "
+            "reconstructed experts with static merges is unfair because they are told the task. "
+            "Heads and batch-norm statistics that differ by task should be kept per task. Experts "
+            "whose updates differ much in size suffer. Reconstruction reads the base again."
+        ),
+    ),
+)
