@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusekit import __version__
-from fusekit.cli import demo, merge, methods, plan, verify
+from fusekit.cli import demo, inspect, merge, methods, plan, reconstruct, verify
 from fusekit.errors import FusekitError
 
 app = typer.Typer(
@@ -20,7 +20,9 @@ app = typer.Typer(
 )
 app.command("merge")(merge.merge)
 app.command("plan")(plan.plan)
+app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
+app.command("reconstruct")(reconstruct.reconstruct)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 

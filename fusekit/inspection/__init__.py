@@ -1,0 +1,1 @@
+"""Looking at models before merging them: measurements, findings and advice."""
