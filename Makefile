@@ -32,8 +32,8 @@ bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.merge --out bench-out
 
 docs: $(VENV)/.core
-	$(BIN)/pip install -q -c constraints.txt mkdocs-material
+	$(BIN)/pip install -q -c constraints.txt mkdocs-material "mkdocstrings[python]"
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) build dist site demo-out bench-out
+	rm -rf $(VENV) build dist site demo-out bench-out examples-out

@@ -1,0 +1,116 @@
+"""Generated pages are current, links lead somewhere, and examples in the text are right."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import fusekit
+from fusekit.evaluate import digits
+from fusekit.methods import available
+from scripts import make_docs
+from tests.docs.markdown import PAGES, ROOT, anchors, blocks, includes, label, links
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=label)
+WRITTEN = [page for page in PAGES if page.parent != make_docs.PAGES]
+"""Pages that people wrote."""
+
+
+def test_every_method_has_a_current_page() -> None:
+    stale = [label(path) for path in make_docs.outdated()]
+    assert not stale, "run python scripts/make_docs.py"
+
+
+def test_a_changed_description_makes_its_page_outdated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(make_docs, "PAGES", tmp_path)
+    for path, text in make_docs.pages().items():
+        path.write_text(text, encoding="utf-8")
+    assert make_docs.outdated() == []
+    (tmp_path / "linear.md").write_text("something else")
+    (tmp_path / "gone.md").write_text("a method that is no more")
+    assert make_docs.outdated() == [tmp_path / "linear.md", tmp_path / "gone.md"]
+
+
+@pytest.mark.parametrize("name", sorted(available()))
+def test_a_minimal_recipe_can_be_planned(name: str, tmp_path: Path) -> None:
+    recipe = yaml.safe_load(make_docs.minimal_recipe(available()[name]))
+    folder = make_docs.RECIPES
+    for entry in recipe["models"]:
+        entry["model"] = str(folder / entry["model"])
+    if "base_model" in recipe:
+        recipe["base_model"] = str(folder / recipe["base_model"])
+    fusekit.plan(recipe).close()
+
+
+@every_page
+def test_relative_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("https://", "http://")):
+            continue
+        target, _, anchor = link.partition("#")
+        file = page if not target else page.parent / target
+        assert file.exists(), f"{label(page)}: {link}"
+        if anchor and not anchor.startswith("fusekit."):
+            assert anchor in anchors(file), f"{label(page)}: {link}"
+
+
+@every_page
+def test_included_files_exist(page: Path) -> None:
+    for name in includes(page):
+        assert (ROOT / name).is_file(), f"{label(page)}: {name}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=label)
+def test_interactive_examples_give_what_they_show(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    session = "\n".join(blocks(page, "pycon"))
+    examples = doctest.DocTestParser().get_doctest(session, {}, label(page), str(page), 0)
+    out: list[str] = []
+    doctest.DocTestRunner(verbose=False).run(examples, out=out.append)
+    assert not out, "".join(out)
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=label)
+def test_python_blocks_compile(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, label(page), "exec")
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=label)
+def test_recipes_in_the_text_can_be_planned(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        for document in yaml.safe_load_all(text):
+            if "merge_method" in document:
+                fusekit.plan(on_digits(document)).close()
+
+
+def on_digits(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe with its models exchanged for the digit experts: equal names, equal experts."""
+    experts = {}
+    folders = iter(digits.experts().values())
+
+    def exchanged(value: Any) -> Any:
+        if isinstance(value, list):
+            return [exchanged(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: expert(item) if key in {"model", "base_model"} else exchanged(item)
+            for key, item in value.items()
+        }
+
+    def expert(name: str) -> str:
+        if name not in experts:
+            experts[name] = str(next(folders))
+        return experts[name]
+
+    changed: dict[str, Any] = exchanged(recipe)
+    return changed
