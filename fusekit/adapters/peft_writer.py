@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule
 from fusekit.adapters.peft_format import (

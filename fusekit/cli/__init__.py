@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusekit import __version__
-from fusekit.cli import demo, inspect, merge, methods, plan, reconstruct, verify
+from fusekit.cli import adapter, demo, inspect, merge, methods, plan, reconstruct, verify
 from fusekit.errors import FusekitError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("methods")(methods.methods)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
+app.add_typer(adapter.app, name="adapter")
 
 
 def _print_version(wanted: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+from threadpoolctl import threadpool_limits
 
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.memory import MemorySource
