@@ -502,12 +502,14 @@ def available_cpus() -> int:
 
 
 def memory_estimate(plan: Plan, threads: int) -> int:
-    """Bytes of block buffers a run holds at most; counters of order statistics come on top."""
+    """Bytes of buffers a run holds at most; counters of order statistics come on top."""
     per_worker = 0
     for planned in plan.tensors:
+        if planned.is_whole:
+            continue
         operands = len(planned.operand_indices())
         block = min(planned.size, BLOCK_ELEMENTS)
         held = min(planned.input_bytes, RESIDENT_BYTES)
         decoded = block * (operands + 2) * np.dtype(planned.compute).itemsize
         per_worker = max(per_worker, decoded + block * operands * 4 + held)
-    return threads * per_worker
+    return max(threads * per_worker, plan.whole_bytes)

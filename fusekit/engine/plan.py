@@ -19,6 +19,10 @@ from fusekit.checkpoint.source import TensorSource
 from fusekit.methods.base import Granularity, Method, Tensor
 
 
+WHOLE_COPIES = 10
+"""Copies of a tensor in float64 that the mathematics on whole tensors holds at most."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRef:
     """One operand: a tensor of one of the plan's sources."""
@@ -61,6 +65,12 @@ class PlannedTensor:
     def size(self) -> int:
         return self.tensor.size
 
+    @cached_property
+    def is_whole(self) -> bool:
+        """Whether the method takes the tensor as a whole, in torch."""
+        whole = self.method.whole
+        return self.kind == "merge" and whole is not None and whole(self.tensor)
+
     def operand(self, index: int) -> TensorRef:
         """A model's tensor; -1 is the base."""
         if index >= 0:
@@ -100,6 +110,23 @@ class Plan:
     def shares_summaries(self) -> bool:
         """Whether tensors wait for each other: summaries over layers or the whole model."""
         return self.granularity != "tensor" or any(t.method.model_scope for t in self.tensors)
+
+    @property
+    def whole_bytes(self) -> int:
+        """Most memory that merging tensors as a whole takes: operands of two, and float64 copies.
+
+        While a tensor is computed the next one is read; statistics are as large as gradients
+        (tensor-shaped) or Gram matrices (columns squared).
+        """
+        most = 0
+        for planned in self.tensors:
+            if planned.is_whole:
+                operands = len(planned.operand_indices())
+                extra = 0 if planned.method.statistic is None else len(planned.models)
+                square = max(planned.size, planned.shape[-1] ** 2 if planned.shape else 1)
+                held = 4 * (operands * planned.size + extra * square)
+                most = max(most, 2 * held + WHOLE_COPIES * 8 * planned.size)
+        return most
 
     @property
     def input_bytes(self) -> int:

@@ -17,9 +17,10 @@ from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
 from fusekit.checkpoint.writer import CheckpointWriter, check_target
-from fusekit.engine.executor import Execution, Executor, NonFinite
+from fusekit.engine.executor import Execution, NonFinite
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
 from fusekit.engine.manifest import MANIFEST, manifest
+from fusekit.engine.matrices import execute
 from fusekit.engine.plan import Plan
 from fusekit.engine.planner import choose_operands, plan_checkpoints, plan_recipe
 from fusekit.errors import FusekitError
@@ -62,6 +63,7 @@ def merge(
     out: str | Path,
     *,
     threads: int | None = None,
+    device: str = "cpu",
     out_shard_size: int = DEFAULT_SHARD_BYTES,
     resume: bool = True,
     overwrite: bool = False,
@@ -74,7 +76,9 @@ def merge(
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
         out: the folder to create. Until it is complete it is called `<out>.partial`.
-        threads: worker threads; default all processors. Does not change the result.
+        threads: worker threads; default all processors. Does not change the result of methods that
+            merge in blocks.
+        device: where methods that merge whole matrices compute: `cpu`, `cuda`, `cuda:1`.
         out_shard_size: largest size of a weight file in bytes (a larger tensor gets its own file).
         resume: continue a merge that was interrupted; False starts over.
         overwrite: replace `out` if it exists, once the merge is complete.
@@ -102,7 +106,9 @@ def merge(
         resumed = len(journal.checksums)
         try:
             with _noticing_compilation(on_compile):
-                execution = _execute(plan, writer, journal, threads, allow_nonfinite, on_progress)
+                execution = _execute(
+                    plan, writer, journal, threads, device, allow_nonfinite, on_progress
+                )
             _check_inputs_unchanged(plan, writer.folder)
             _finish(plan, writer, journal)
         finally:
@@ -142,6 +148,7 @@ def _execute(
     writer: CheckpointWriter,
     journal: Journal,
     threads: int | None,
+    device: str,
     allow_nonfinite: bool,
     on_progress: Callable[[Progress], None] | None,
 ) -> Execution:
@@ -158,16 +165,16 @@ def _execute(
         if on_progress is not None:
             on_progress(Progress(already + written, total, now - begun))
 
-    executor = Executor(
-        plan,
-        _FileSink(writer, journal),
-        threads=threads,
-        allow_nonfinite=allow_nonfinite,
-        written=frozenset(journal.checksums),
-        on_progress=progress,
-    )
     try:
-        return executor.run()
+        return execute(
+            plan,
+            _FileSink(writer, journal),
+            threads=threads,
+            device=device,
+            allow_nonfinite=allow_nonfinite,
+            written=frozenset(journal.checksums),
+            on_progress=progress,
+        )
     except BaseException:
         journal.sync()
         raise
@@ -268,6 +275,7 @@ def merge_state_dicts(
     out_dtype: str | None = None,
     masks: Sequence[Mapping[str, Any] | None] | None = None,
     threads: int | None = None,
+    device: str = "cpu",
     allow_nonfinite: bool = False,
 ) -> dict[str, Any]:
     """Merge state dicts in memory, with the kernels and the result of the file path.
@@ -286,7 +294,8 @@ def merge_state_dicts(
         seed: of random methods.
         out_dtype: element type of the result, such as `bfloat16`; default the base's (or first's).
         masks: explicit keep masks per model for random methods (0 or 1, the tensors' shapes).
-        threads: worker threads; does not change the result.
+        threads: worker threads; does not change the result of methods that merge in blocks.
+        device: where methods that merge whole matrices compute.
         allow_nonfinite: let NaN and Inf through instead of refusing them.
 
     Returns:
@@ -340,7 +349,7 @@ def merge_state_dicts(
         recipe, merging, operands, checkpoints, masks=_flat_masks(masks, models)
     )
     sink = _MemorySink(plan)
-    Executor(plan, sink, threads=threads, allow_nonfinite=allow_nonfinite).run()
+    execute(plan, sink, threads=threads, device=device, allow_nonfinite=allow_nonfinite)
     if any(is_torch(arrays) for arrays in models):
         return {name: to_torch(array) for name, array in sink.arrays.items()}
     return dict(sink.arrays)

@@ -1,0 +1,113 @@
+"""Files of measured statistics: what data says about a model, by module and kind.
+
+A safetensors file whose entries are called `<module or parameter>/<kind>`, such as
+`model.layers.0.mlp.up_proj/gram`, with what was measured, on how much of which data, as metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fusekit.checkpoint.safetensors import SafetensorsFile
+from fusekit.errors import CheckpointError
+
+FORMAT = "fusekit-statistics/1"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Statistics:
+    """One model's measured statistics, read entry by entry.
+
+    Raises:
+        CheckpointError: not a safetensors file, or not one of statistics.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file = SafetensorsFile(self.path)
+        if self._file.metadata.get("format") != FORMAT:
+            self._file.close()
+            found = self._file.metadata.get("format")
+            raise CheckpointError(
+                f"{self.path}: not a file of statistics: its metadata has format {found!r}, "
+                f"expected {FORMAT!r}, as fusekit calibrate writes it"
+            )
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What was measured, how, and on what data."""
+        about: dict[str, Any] = json.loads(self._file.metadata.get("about", "{}"))
+        return about
+
+    @property
+    def names(self) -> list[str]:
+        """All entries."""
+        return list(self._file.tensors)
+
+    def require(self, name: str, model: str, tensor: str) -> None:
+        """Refuse a file that lacks an entry, naming the module it should be about."""
+        if name in self._file.tensors:
+            return
+        owner, _, kind = name.rpartition("/")
+        measured = sorted({entry.rpartition("/")[2] for entry in self._file.tensors})
+        raise CheckpointError(
+            f"{self.path}: no {kind} of {owner!r}, which merging tensor {tensor!r} of {model} "
+            f"needs (the file holds {', '.join(measured) or 'nothing'} of "
+            f"{len(self._file.tensors)} modules); measure it with fusekit calibrate, or exclude it"
+        )
+
+    def read(self, name: str) -> Array:
+        """One entry in float32 or float64, as it was saved."""
+        info = self._file.tensors[name]
+        values: Array = np.empty(info.shape, info.dtype.numpy)
+        self._file.read_into(name, 0, info.size, values.reshape(-1).view(np.uint8).data)
+        if not np.isfinite(values).all():
+            raise CheckpointError(f"{self.path}: {name!r} holds NaN or infinite values")
+        return values
+
+    def norm(self, names: Iterable[str]) -> float:
+        """The L2 norm of these entries together."""
+        recorded = json.loads(self._file.metadata.get("squared_norms", "{}"))
+        return math.sqrt(
+            sum(
+                recorded[name]
+                if name in recorded
+                else float(np.square(self.read(name), dtype=np.float64).sum())
+                for name in names
+            )
+        )
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def save_statistics(path: str | Path, entries: dict[str, Array], about: dict[str, Any]) -> None:
+    """Write statistics to a file that appears only when it is complete.
+
+    Args:
+        path: the file to create or replace.
+        entries: by `<module or parameter>/<kind>`.
+        about: what was measured and on what; JSON types.
+    """
+    from safetensors.numpy import save_file
+
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    squared = {
+        name: float(np.square(values, dtype=np.float64).sum()) for name, values in entries.items()
+    }
+    metadata = {
+        "format": FORMAT,
+        "about": json.dumps(about),
+        "squared_norms": json.dumps(squared),
+    }
+    save_file({name: np.ascontiguousarray(v) for name, v in entries.items()}, partial, metadata)
+    partial.replace(target)

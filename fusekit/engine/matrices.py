@@ -1,0 +1,257 @@
+"""Tensors that a method merges as a whole: read ahead by one, computed by torch, written in blocks.
+
+While one tensor is computed, another thread reads and decodes the next one. At most two tensors'
+operands are in memory, whatever the size of the models. The rest of the plan goes to the block
+executor first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fusekit.checkpoint.statistics import Statistics
+from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace
+from fusekit.engine.checksum import ChunkDigests
+from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
+from fusekit.engine.plan import Plan, PlannedTensor
+from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
+from fusekit.methods.base import Measured
+
+if TYPE_CHECKING:
+    import torch
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def execute(
+    plan: Plan,
+    sink: Sink,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    allow_nonfinite: bool = False,
+    written: Collection[str] = (),
+    on_progress: Callable[[int], None] | None = None,
+) -> Execution:
+    """Do all the work of a plan: blocks on worker threads, then whole tensors one by one.
+
+    Args:
+        device: where whole tensors are computed, such as `cpu` or `cuda:0`.
+
+    Raises:
+        MissingExtraError: whole tensors are asked for and torch is missing.
+        FusekitError: the device does not exist, or the method does not compute on one.
+        CheckpointError: NaN or Inf, unreadable tensors, missing statistics.
+    """
+    whole = [p for p in plan.tensors if p.is_whole and p.name not in written]
+    merger = WholeTensors(plan, sink, device, allow_nonfinite) if whole else None
+    if device != "cpu" and not any(p.is_whole for p in plan.tensors):
+        name = plan.tensors[0].method.name if plan.tensors else "this merge"
+        raise FusekitError(f"device: found {device!r}, but {name} merges in blocks on the CPU")
+    execution = Executor(
+        plan,
+        sink,
+        threads=threads,
+        allow_nonfinite=allow_nonfinite,
+        written=frozenset(written) | {planned.name for planned in whole},
+        on_progress=on_progress,
+    ).run()
+    if merger is not None:
+        with contextlib.closing(merger):
+            merger.run(whole, execution, threads or available_cpus(), on_progress)
+    return execution
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """One tensor's operands: task vectors (or models, without an origin) and statistics."""
+
+    planned: PlannedTensor
+    base: Array | None
+    rows: list[Array]
+    statistics: list[Array]
+
+
+class WholeTensors:
+    """Merges whole tensors of a plan."""
+
+    def __init__(self, plan: Plan, sink: Sink, device: str, allow_nonfinite: bool) -> None:
+        self._plan = plan
+        self._sources = plan.sources
+        self._sink = sink
+        self._allow_nonfinite = allow_nonfinite
+        self._device = _device(plan, device)
+        self._reading = Workspace(BLOCK_ELEMENTS)
+        self._writing = Workspace(BLOCK_ELEMENTS)
+        self._nonfinite: list[NonFinite] = []
+        self._statistics = open_statistics(plan)
+        self._norms = [statistics.norm(_statistic_names(plan)) for statistics in self._statistics]
+
+    def close(self) -> None:
+        """Close the files of statistics."""
+        for statistics in self._statistics:
+            statistics.close()
+
+    def run(
+        self,
+        tensors: Sequence[PlannedTensor],
+        execution: Execution,
+        threads: int,
+        on_progress: Callable[[int], None] | None,
+    ) -> None:
+        """Merge tensors in order, adding to what a run has done so far."""
+        with _torch_threads(threads), ThreadPoolExecutor(1, "fusekit-read") as reader:
+            coming = reader.submit(self._load, tensors[0])
+            for following in [*tensors[1:], None]:
+                loaded = coming.result()
+                if following is not None:
+                    coming = reader.submit(self._load, following)
+                merged = self._merge(loaded)
+                self._write(loaded.planned, merged, execution)
+                if on_progress is not None:
+                    on_progress(execution.bytes_written)
+        execution.bytes_read += self._reading.bytes_read
+        execution.nonfinite.extend(self._nonfinite)
+        execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    def _load(self, planned: PlannedTensor) -> _Loaded:
+        rows = [self._operand(planned, index) for index in planned.operand_indices()]
+        base = rows.pop(0) if planned.base is not None else None
+        if base is not None:
+            for row in rows:
+                np.subtract(row, base, out=row)
+        name = planned.method.statistic
+        measured = [s.read(name(planned.tensor)) for s in self._statistics] if name else []
+        return _Loaded(planned, base, rows, measured)
+
+    def _operand(self, planned: PlannedTensor, index: int) -> Array:
+        ref = planned.operand(index)
+        source = self._sources[ref.source]
+        row = np.empty(planned.size, planned.compute)
+        bad = 0
+        for start in range(0, planned.size, BLOCK_ELEMENTS):
+            stop = min(start + BLOCK_ELEMENTS, planned.size)
+            raw = self._reading.scratch("raw", ((stop - start) * ref.dtype.itemsize,), np.uint8)
+            self._reading.read(source, ref.name, start, stop, raw)
+            bad += self._reading.decode(raw, ref.dtype, row[start:stop])
+        if bad:
+            if not self._allow_nonfinite:
+                raise nonfinite_error(source.where(ref.name), ref.name, bad)
+            model = self._plan.checkpoints[ref.source].reference
+            self._nonfinite.append(NonFinite(planned.name, model, bad))
+        return row
+
+    # -- computing -------------------------------------------------------------------------------
+
+    def _merge(self, loaded: _Loaded) -> Array:
+        import torch
+
+        planned = loaded.planned
+        assert planned.method.matrix is not None
+        rows = [torch.from_numpy(r.reshape(planned.shape)).to(self._device) for r in loaded.rows]
+        measured = [
+            Measured(torch.from_numpy(values).to(self._device), norm)
+            for values, norm in zip(loaded.statistics, self._norms, strict=True)
+        ]
+        try:
+            with torch.no_grad():
+                merged = planned.method.matrix(planned.tensor, rows, measured)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"tensor {planned.name!r}: {planned.method.name} cannot decompose it: {error}"
+            ) from None
+        result: Array = merged.cpu().contiguous().numpy().reshape(-1)
+        if loaded.base is not None:
+            return np.add(loaded.base, result, out=loaded.base)
+        return result
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def _write(self, planned: PlannedTensor, merged: Array, execution: Execution) -> None:
+        width, overflows = planned.dtype.itemsize, 0
+        digests = ChunkDigests(planned.size)
+        digest = digests.from_chunk(0)
+        for start in range(0, planned.size, BLOCK_ELEMENTS):
+            row = merged[start : start + BLOCK_ELEMENTS]
+            encoded, beyond = self._writing.encode(row, planned.dtype)
+            overflows += beyond
+            digest.update(encoded, width)
+            self._sink.write(planned.name, start * width, encoded.data)
+        digest.close()
+        if overflows:
+            execution.overflows[planned.name] = overflows
+        execution.bytes_written += planned.size * width
+        self._sink.finished(planned.name, digests.hexdigest())
+
+
+def nonfinite_error(where: str, name: str, count: int) -> CheckpointError:
+    """The refusal of NaN and Inf in one operand."""
+    return CheckpointError(
+        f"{where}: tensor {name!r} has {count} NaN or infinite values, expected none; repair the "
+        "model, or merge with --allow-nonfinite to let them through"
+    )
+
+
+def _device(plan: Plan, name: str) -> torch.device:
+    """The torch device of that name, once a small tensor has been there."""
+    method = next(planned.method for planned in plan.tensors if planned.is_whole)
+    try:
+        import torch
+    except ModuleNotFoundError:
+        raise MissingExtraError(f"{method.name}", "torch") from None
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise FusekitError(f"device: {name!r} cannot be used: {reason}") from None
+    return device
+
+
+@contextlib.contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _statistic_names(plan: Plan) -> list[str]:
+    return [p.method.statistic(p.tensor) for p in plan.tensors if p.is_whole and p.method.statistic]
+
+
+def open_statistics(plan: Plan) -> list[Statistics]:
+    """Every model's file of statistics, checked to hold what the method needs of it.
+
+    Raises:
+        CheckpointError: a file cannot be read, or lacks the statistic of a module it must hold.
+    """
+    whole = [p for p in plan.tensors if p.is_whole and p.method.statistic is not None]
+    if not whole:
+        return []
+    opened: list[Statistics] = []
+    try:
+        for place, path in enumerate(whole[0].tensor.each("statistics")):
+            statistics = Statistics(path)
+            opened.append(statistics)
+            model = plan.checkpoints[whole[0].models[place].source].reference
+            for planned in whole:
+                assert planned.method.statistic is not None
+                statistics.require(planned.method.statistic(planned.tensor), model, planned.name)
+    except BaseException:
+        for statistics in opened:
+            statistics.close()
+        raise
+    return opened

@@ -1,0 +1,155 @@
+"""Merging by singular directions: task singular vectors and isotropic spectra."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any
+
+from fusekit.methods import matrix
+from fusekit.methods.base import Combine, Copy, Method, Parameter, Summary, Tensor
+from fusekit.methods.combines import linear
+from fusekit.methods.wholes import (
+    OTHERS,
+    exclude,
+    is_excluded,
+    is_matrix,
+    mean_of_the_rest,
+    scale,
+    scaled,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def _tsv(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+    weights = tensor.each("weight")
+    merged: torch.Tensor = matrix.tsv.merge(
+        [d * w if w != 1.0 else d for d, w in zip(deltas, weights, strict=True)]
+    )
+    return merged
+
+
+def _tsv_rest(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+    yield from ()
+    if is_excluded(tensor) and tensor["excluded"] == "base":
+        return Copy(-1)
+    weights = [tensor["lambda"] * w / tensor.models for w in tensor.each("weight")]
+    return linear(weights, 1.0 - sum(weights))
+
+
+def _iso_c(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+    update: torch.Tensor = matrix.iso.common(deltas, tensor["rank"] == "numerical").update
+    return update
+
+
+def _iso_cts(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+    update: torch.Tensor = matrix.iso.common_and_specific(
+        deltas, tensor["common_space_fraction"], tensor["rank"] == "numerical"
+    ).update
+    return update
+
+
+_RANK = Parameter(
+    "rank",
+    "choice",
+    "full: every direction gets the common strength, as published; numerical: only those above "
+    "rounding noise, for updates of low rank such as LoRAs'.",
+    default="full",
+    choices=("full", "numerical"),
+)
+
+_MARCZAK = (
+    "Marczak et al., No Task Left Behind: Isotropic Model Merging with Common and Task-Specific "
+    "Subspaces, ICML 2025, arXiv 2502.04959"
+)
+_CAVEAT = (
+    "The best lambda grows with width and number of tasks and is worth a search on validation data "
+    "(0 to 3); updates of very low rank need rank: numerical and lambda below 1. A single model "
+    "does not come back unchanged."
+)
+
+
+def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
+    return Method(
+        name=name,
+        title=title,
+        base="origin",
+        base_required=True,
+        whole=is_matrix,
+        matrix=scaled(merge),
+        others=OTHERS,
+        passes="one, whole matrices",
+        **about,
+    )
+
+
+METHODS = (
+    _method(
+        "tsv",
+        "Task singular vectors (TSV-Merge)",
+        _tsv,
+        rule=_tsv_rest,
+        summary="Keep every task's leading singular directions, made orthogonal across tasks.",
+        formula="y = base + lambda polar([U_1..U_T]) diag(S_1..S_T) polar([V_1..V_T])^T,  "
+        "U_i S_i V_i^T = the top min(m, n) / T of x_i - base",
+        references=(
+            "Gargiulo et al., Task Singular Vectors: Reducing Task Interference in Model Merging, "
+            "CVPR 2025, arXiv 2412.00081",
+        ),
+        parameters=(
+            Parameter(
+                "weight",
+                "float",
+                "Multiplier of the model's task vector before the decomposition.",
+                default=1.0,
+                per_model=True,
+            ),
+            scale(),
+            *exclude("text_projection"),
+        ),
+        use_when="Many fine-tuned models of one wide base, without data.",
+        caveats=(
+            "lambda 1 suits wide vision transformers; on small models it is worth a search. "
+            "N copies of one model give its update cut to 1/N of the rank. Where there are more "
+            "tasks than rows, each keeps one direction."
+        ),
+    ),
+    _method(
+        "iso_c",
+        "Isotropic merging, common subspace (Iso-C)",
+        _iso_c,
+        rule=mean_of_the_rest,
+        summary="Give all singular directions of the summed task vectors the same strength.",
+        formula="y = base + lambda mean(S) U V^T,  U S V^T = sum_i (x_i - base)",
+        references=(_MARCZAK,),
+        parameters=(scale(), _RANK, *exclude("text_projection")),
+        use_when="Many tasks, of which a few would dominate the sum; without data.",
+        caveats=_CAVEAT,
+    ),
+    _method(
+        "iso_cts",
+        "Isotropic merging, common and task-specific subspaces (Iso-CTS)",
+        _iso_cts,
+        rule=mean_of_the_rest,
+        summary="As iso_c, with part of the directions kept for what is specific to each task.",
+        formula="y = base + lambda mean(S) polar(U) polar(V)^T,  columns: each task's residual "
+        "directions, then the leading ones of the sum",
+        references=(_MARCZAK,),
+        parameters=(
+            scale(),
+            Parameter(
+                "common_space_fraction",
+                "float",
+                "Share of the directions that stays common; 1 is iso_c.",
+                default=0.8,
+                minimum=0.0,
+                maximum=1.0,
+            ),
+            _RANK,
+            *exclude("text_projection"),
+        ),
+        use_when="As iso_c, with many (10 and more) tasks.",
+        caveats=_CAVEAT,
+    ),
+)

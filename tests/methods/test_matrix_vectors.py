@@ -1,0 +1,212 @@
+"""Merging whole matrices in the engine gives the official implementations' results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from fusekit import merge_state_dicts  # noqa: E402
+from fusekit.checkpoint.statistics import save_statistics  # noqa: E402
+from fusekit.errors import CheckpointError, FusekitError, RecipeError  # noqa: E402
+from tests.vectors import Case, assert_close, read_case  # noqa: E402
+
+
+def merge(case: Case, method: str, each: Any = None, **parameters: Any) -> dict[str, Any]:
+    merged: dict[str, Any] = merge_state_dicts(
+        case.models,
+        method=method,
+        base=case.base,
+        parameters=parameters,
+        model_parameters=each,
+        threads=2,
+    )
+    return merged
+
+
+@pytest.mark.parametrize("name", ["case0", "case1", "case2"])
+def test_tsv(name: str) -> None:
+    case = read_case("tsv", name)
+    options = {"lambda": case.about["alpha"], "exclude": "|".join(case.about["exclude"])}
+    assert_close(merge(case, "tsv", **options), case.merged, 1e-5, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["case0", "case1", "case2"])
+def test_iso(name: str) -> None:
+    case = read_case("iso", name)
+    options = {"lambda": case.about["alpha"], "exclude": "|".join(case.about["exclude"])}
+    if case.about["kind"] == "iso_cts":
+        options["common_space_fraction"] = case.about["common_space_fraction"]
+    assert_close(merge(case, case.about["kind"], **options), case.merged, 1e-5, 1e-4)
+
+
+WUDI = {
+    "case0": {"solver": "adam"},
+    "case2": {"solver": "exponential", "time": 300.0},
+    "case3": {"solver": "exponential", "time": 50.0, "ratio": 0.65},
+    "case4": {"solver": "adaptive", "adaptive": "participation_sqrt"},
+}
+
+
+@pytest.mark.parametrize(("name", "options"), WUDI.items(), ids=WUDI.keys())
+def test_wudi(name: str, options: dict[str, Any]) -> None:
+    case = read_case("wudi", name)
+    assert_close(merge(case, "wudi", **options), case.merged, 2e-6, 1e-4)
+
+
+def test_wudi_with_norms_to_the_first_power() -> None:
+    case = read_case("wudi", "case1")
+    deltas = case.tensors["in"]["task_vectors"]
+    merged = merge_state_dicts(
+        [{"w": delta} for delta in deltas],
+        base={"w": np.zeros_like(deltas[0])},
+        method="wudi",
+        parameters={"solver": "adam", "norm_power": 1},
+    )
+    expected = case.tensors["out"]["merged_task_vector"]
+    np.testing.assert_allclose(merged["w"], expected, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["case0", "case1", "case2"])
+def test_optmerge(name: str) -> None:
+    case = read_case("optmerge", name)
+    merged = merge(case, "optmerge", variant=case.about["variant"])
+    found = {tensor: merged[tensor] for tensor in case.merged}
+    assert_close(found, case.merged, 2e-6, 1e-4)
+
+
+def saved(folder: Path, groups: list[dict[str, np.ndarray]], kind: str) -> list[dict[str, str]]:
+    """Statistics files, as per-model parameters."""
+    each = []
+    for i, group in enumerate(groups):
+        path = folder / f"{kind}{i}.safetensors"
+        save_statistics(path, {f"{name}/{kind}": v for name, v in group.items()}, {})
+        each.append({"statistics": str(path)})
+    return each
+
+
+def test_fisher(tmp_path: Path) -> None:
+    case = read_case("fisher", "case1")
+    each = saved(tmp_path, case.numbered("in/fisher"), "fisher")
+    each = [{**own, "weight": w} for own, w in zip(each, case.about["coefficients"], strict=True)]
+    assert_close(merge(case, "fisher", each), case.merged, 1e-6, 1e-4)
+
+
+def test_fisher_with_an_additive_floor(tmp_path: Path) -> None:
+    case = read_case("fisher", "case2")
+    each = saved(tmp_path, case.numbered("out/fisher"), "fisher")
+    assert_close(merge(case, "fisher", each, floor_rule="add"), case.merged, 1e-6, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["case0", "case1"])
+def test_regmean(name: str, tmp_path: Path) -> None:
+    case = read_case("regmean", name)
+    each = saved(tmp_path, case.numbered("out/gram"), "gram")
+    merged = merge(case, "regmean", each, scale=case.about["reduce_non_diagonal_ratio"])
+    assert_close({tensor: merged[tensor] for tensor in case.merged}, case.merged, 1e-4, 1e-3)
+
+
+# -- the engine around them ---------------------------------------------------------------------
+
+
+def models(count: int = 3, dtype: Any = np.float32) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [
+        {
+            "a.weight": rng.normal(size=(30, 20)).astype(dtype),
+            "a.bias": rng.normal(size=30).astype(dtype),
+            "steps": np.arange(3),
+        }
+        for _ in range(count + 1)
+    ]
+
+
+def test_excluded_tensors_get_the_mean_or_keep_the_base() -> None:
+    base, *rest = models()
+    average = np.mean([model["a.weight"] for model in rest], axis=0)
+    options: dict[str, Any] = {"exclude": r"a\.weight"}
+    merged = merge_state_dicts(rest, base=base, method="iso_c", parameters=options)
+    np.testing.assert_allclose(merged["a.weight"], average, atol=1e-6)
+    options["excluded"] = "base"
+    merged = merge_state_dicts(rest, base=base, method="iso_c", parameters=options)
+    np.testing.assert_array_equal(merged["a.weight"], base["a.weight"])
+    assert not np.array_equal(merged["a.bias"], base["a.bias"])
+    np.testing.assert_array_equal(merged["steps"], base["steps"])
+
+
+def test_zero_lambda_keeps_the_base() -> None:
+    base, *rest = models()
+    merged = merge_state_dicts(rest, base=base, method="tsv", parameters={"lambda": 0.0})
+    assert_close(merged, base, 0.0)
+
+
+def test_layer_scaling_scales_whole_matrices_too(tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    from fusekit import merge as merge_folders
+
+    base, *rest = [
+        {f"layers.{i}.{name}": v for i in range(3) for name, v in model.items() if name != "steps"}
+        for model in models()
+    ]
+    for i, arrays in enumerate([base, *rest]):
+        save_file(arrays, tmp_path / f"m{i}.safetensors")
+    recipe: dict[str, Any] = {
+        "merge_method": "tsv",
+        "base_model": str(tmp_path / "m0.safetensors"),
+        "models": [{"model": str(tmp_path / f"m{i}.safetensors")} for i in (1, 2, 3)],
+    }
+    merge_folders(recipe, tmp_path / "plain")
+    merge_folders(
+        {**recipe, "layer_scaling": {"method": "lines", "alpha": 0.5, "beta": 0.5}},
+        tmp_path / "scaled",
+    )
+    plain, found = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("plain", "scaled")
+    )
+    for i, scale in enumerate((0.5, 0.75, 1.0)):
+        for name in (f"layers.{i}.a.weight", f"layers.{i}.a.bias"):
+            expected = base[name] + scale * (plain[name] - base[name])
+            np.testing.assert_allclose(found[name], expected, atol=1e-5)
+    auto = {**recipe, "layer_scaling": {"method": "lines", "alpha": "auto", "beta": 0.5}}
+    with pytest.raises(RecipeError, match="alpha: 'auto' measures the merged update in blocks"):
+        merge_folders(auto, tmp_path / "auto")
+
+
+def test_nan_is_refused_with_its_tensor_and_count() -> None:
+    base, *rest = models()
+    rest[1]["a.weight"][3, 4:6] = np.nan
+    with pytest.raises(CheckpointError, match=r"model 1: tensor 'a.weight' has 2 NaN or infinite"):
+        merge_state_dicts(rest, base=base, method="tsv")
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    base, *rest = models()
+    with pytest.raises(FusekitError, match="device: 'xyz' cannot be used"):
+        merge_state_dicts(rest, base=base, method="tsv", device="xyz")
+    with pytest.raises(FusekitError, match="task_arithmetic merges in blocks on the CPU"):
+        merge_state_dicts(rest, base=base, method="task_arithmetic", device="cuda")
+
+
+def test_missing_statistics_name_the_module(tmp_path: Path) -> None:
+    case = read_case("regmean", "case0")
+    grams = [{k: v for k, v in gram.items() if k != "fc2"} for gram in case.numbered("out/gram")]
+    with pytest.raises(CheckpointError, match=r"gram0.*no gram of 'fc2'.*'fc2.weight' of model 0"):
+        merge(case, "regmean", saved(tmp_path, grams, "gram"))
+    other = tmp_path / "other.safetensors"
+    from safetensors.numpy import save_file
+
+    save_file({"w": np.zeros(1)}, other)
+    with pytest.raises(CheckpointError, match="not a file of statistics"):
+        merge(case, "regmean", [{"statistics": str(other)}] * 2)
+
+
+def test_malformed_exclusion_is_refused() -> None:
+    base, *rest = models()
+    with pytest.raises(RecipeError, match=r"exclude: found '\(', expected a regular expression"):
+        merge_state_dicts(rest, base=base, method="tsv", parameters={"exclude": "("})
