@@ -2,7 +2,8 @@
 
     python examples/run_all.py [--out examples-out] [PATTERN]
 
-PATTERN selects recipes by a part of their path, such as `methods/ties`.
+PATTERN selects recipes by a part of their path, such as `methods/ties`. The recipes of `fisher` and
+`regmean` need what `python examples/measure_statistics.py` writes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import fusekit
-from fusekit.errors import MissingExtraError
+from fusekit.errors import CheckpointError, MissingExtraError
 from fusekit.evaluate import digits
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -29,7 +30,7 @@ def main() -> None:
         out = options.out / name
         try:
             fusekit.merge(path, out, overwrite=True)
-        except MissingExtraError as missing:
+        except (MissingExtraError, CheckpointError) as missing:
             print(f"{name}: left out: {missing}")
             continue
         scores = digits.evaluate(out)

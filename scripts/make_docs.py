@@ -98,6 +98,7 @@ def method_page(method: Method, recipe: str) -> str:
         f"- **base_model**: {describe_base(method)}",
         f"- **models**: {describe_count(method)}",
         f"- **passes over the data**: {mark(method.passes)}",
+        *_special_needs(method),
         "",
     ]
     if method.use_when:
@@ -132,10 +133,27 @@ def method_page(method: Method, recipe: str) -> str:
     return "\n".join([*lines, ""])
 
 
+def _special_needs(method: Method) -> list[str]:
+    """What sets the method apart from those that merge in blocks and write nothing else."""
+    lines = []
+    if method.matrix is not None:
+        lines.append("- **needs**: the `[torch]` extra; `--device cuda` computes on a GPU")
+        lines.append(f"- **tensors that are not merged as a whole**: {mark(method.others)}")
+    if method.side is not None:
+        lines.append(
+            "- **also writes**: data per task, from which `fusekit reconstruct` rebuilds it"
+        )
+    if method.missing == "first":
+        lines.append("- **tensors that not all models have**: those of the first model")
+    return lines
+
+
 def _parameter_row(parameter: Parameter) -> str:
     default = "not set" if parameter.default is None else f"`{shown(parameter.default)}`"
     if parameter.required:
         default = "required"
+    if parameter.default == "":
+        default = "empty"
     each = "yes" if parameter.per_model else ""
     return (
         f"| `{parameter.name}` | {_values(parameter)} | {default} | {each} "

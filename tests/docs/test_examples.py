@@ -18,6 +18,7 @@ from tests.docs.markdown import ROOT
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted((EXAMPLES / "recipes").rglob("*.yml"))
 SCRIPTS = sorted(path for path in EXAMPLES.glob("*.py") if path.name != "run_all.py")
+MEASURE = EXAMPLES / "measure_statistics.py"
 PAGE = (ROOT / "docs" / "examples.md").read_text()
 
 
@@ -25,8 +26,37 @@ def named(path: Path) -> str:
     return str(path.relative_to(EXAMPLES).with_suffix(""))
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the statistics that some recipes need have been measured."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("measured")
+    run(MEASURE, folder)
+    return folder
+
+
+def run(script: Path, folder: Path, *arguments: str) -> str:
+    """What a script prints when run in a folder."""
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=named)
-def test_recipe_gives_a_verified_encoder(recipe: Path, tmp_path: Path) -> None:
+def test_recipe_gives_a_verified_encoder(
+    recipe: Path,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if "statistics:" in recipe.read_text():
+        monkeypatch.chdir(request.getfixturevalue("measured"))
     try:
         fusekit.merge(recipe, tmp_path / "merged", threads=2)
     except MissingExtraError as missing:
@@ -36,19 +66,19 @@ def test_recipe_gives_a_verified_encoder(recipe: Path, tmp_path: Path) -> None:
     assert np.isfinite(digits.features(tmp_path / "merged", images)).all()
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=named)
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != MEASURE], ids=named)
 def test_script_runs(script: Path, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+    assert run(script, tmp_path)
+
+
+def test_statistics_are_measured_for_every_expert(measured: Path) -> None:
+    files = {path.stem for path in (measured / "statistics").glob("*.safetensors")}
+    assert files == set(digits.experts())
 
 
 def test_run_all_scores_the_chosen_recipes(tmp_path: Path) -> None:
-    command = [sys.executable, str(EXAMPLES / "run_all.py"), "features/gradient"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert "features/gradient" in done.stdout
+    printed = run(EXAMPLES / "run_all.py", tmp_path, "features/gradient")
+    assert "features/gradient" in printed
     assert (tmp_path / "examples-out" / "features" / "gradient" / "manifest.json").is_file()
 
 
