@@ -47,6 +47,7 @@ class CheckpointWriter:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._fds: dict[str, int] = {}
         for shard in layout.files:
+            (self.folder / shard.file_name).parent.mkdir(exist_ok=True)
             fd = os.open(self.folder / shard.file_name, os.O_RDWR | os.O_CREAT, 0o644)
             self._fds[shard.file_name] = fd
             os.ftruncate(fd, shard.nbytes)
@@ -88,7 +89,9 @@ class CheckpointWriter:
 
     def add_file(self, name: str, content: bytes) -> None:
         """A small file beside the shards, flushed."""
-        with (self.folder / name).open("wb") as file:
+        path = self.folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -107,7 +110,8 @@ class CheckpointWriter:
         """Flush, close and rename the folder into place; a folder it replaces goes last."""
         self.flush()
         self.close()
-        _fsync_folder(self.folder)
+        for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
+            _fsync_folder(folder)
         retired = None
         if self.target.exists():
             retired = self.target.with_name(self.target.name + ".replaced")

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +27,7 @@ from fusekit.engine.blocks import (
 from fusekit.engine.checksum import CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
-from fusekit.errors import CheckpointError, RecipeError
+from fusekit.errors import CheckpointError, FusekitError, RecipeError
 from fusekit.kernels import GRANULE
 from fusekit.methods.base import Combine, Copy, Summary
 
@@ -69,7 +69,7 @@ class Execution:
 class _Job:
     """One output tensor on its way: where its rule stands and what has been written."""
 
-    def __init__(self, planned: PlannedTensor, index: int, written: bool) -> None:
+    def __init__(self, planned: PlannedTensor, index: int, written: bool, resident: bool) -> None:
         self.planned = planned
         self.index = index
         self.written = written
@@ -80,7 +80,9 @@ class _Job:
         self.overflows = 0
         self.pending = 0
         self.digests = ChunkDigests(planned.size)
-        self._steps = planned.method.rule(planned.tensor) if planned.kind == "merge" else None
+        tensor = replace(planned.tensor, in_order=True) if resident else planned.tensor
+        self.resident = resident
+        self._steps = planned.method.rule(tensor) if planned.kind == "merge" else None
 
     def advance(self, result: Any = None) -> None:
         """Let the rule go on until it asks for a summary or returns a combine."""
@@ -126,6 +128,8 @@ class Executor:
         self._plan = plan
         self._sources = plan.sources
         self._sink = sink
+        if threads is not None and threads < 1:
+            raise FusekitError(f"threads: found {threads}, expected at least 1")
         self._threads = threads or available_cpus()
         self._block_elements = max(GRANULE, block_elements // GRANULE * GRANULE)
         self._resident_bytes = resident_bytes
@@ -133,7 +137,7 @@ class Executor:
         self._on_progress = on_progress or (lambda written: None)
         # Tensors written by an earlier run still count where others share summaries with them.
         self._jobs = [
-            _Job(planned, index, planned.name in written)
+            _Job(planned, index, planned.name in written, self._is_resident(planned))
             for index, planned in enumerate(plan.tensors)
             if plan.shares_summaries or planned.name not in written
         ]
@@ -147,6 +151,10 @@ class Executor:
         self._failure: BaseException | None = None
         self._unfinished = len(self._jobs)
         self.execution = Execution()
+
+    def _is_resident(self, planned: PlannedTensor) -> bool:
+        """Whether one worker reads the tensor once and does all that is to be done with it."""
+        return not self._plan.shares_summaries and planned.input_bytes <= self._resident_bytes
 
     # -- threads ---------------------------------------------------------------------------------
 
@@ -241,7 +249,7 @@ class Executor:
             self._waiting.setdefault(scope, []).append(job)
             self._start_if_complete(scope)
             return []
-        if planned.input_bytes <= self._resident_bytes:
+        if job.resident:
             return [lambda space: self._run_resident(job, space)]
         return self._scan_tasks([job], accumulator([(planned, job.request)]))
 
@@ -306,9 +314,9 @@ class Executor:
                 self._condition.notify_all()
 
     def _run_resident(self, job: _Job, space: Workspace) -> None:
-        """All scans of a tensor's own and, if nothing else is to be waited for, the combine."""
+        """All scans of a tensor and its combine, reading it once."""
         reader = self._reader(job, space, resident)
-        while job.request is not None and not self._is_shared(job.request):
+        while job.request is not None:
             own = accumulator([(job.planned, job.request)])
             while True:
                 for span in own.spans():
@@ -319,7 +327,7 @@ class Executor:
                 if own.advance():
                     break
             job.advance(own.result(0))
-        if job.combine is None or job.written or job.copies_bytes:
+        if job.copies_bytes:
             with self._condition:
                 self._dispatch([job], self._urgent)
             return
@@ -327,11 +335,6 @@ class Executor:
             self._decided(job)
             job.pending = 1
         self._combine(job, 0, job.planned.size, space, reader)
-
-    def _is_shared(self, request: Summary) -> bool:
-        return request.scope == "model" or (
-            request.scope == "group" and self._plan.granularity != "tensor"
-        )
 
     def _reader(self, job: _Job, space: Workspace, how: Callable[..., Fetch]) -> BlockReader:
         return BlockReader(job.planned, space, how(job.planned, self._sources, space))
@@ -356,7 +359,7 @@ class Executor:
                 continue
             ref = job.planned.operand(index)
             model = self._plan.checkpoints[ref.source].reference
-            if not self._allow_nonfinite:
+            if not (self._allow_nonfinite or job.planned.method.keeps_nonfinite):
                 raise CheckpointError(
                     f"{self._sources[ref.source].where(ref.name)}: tensor {ref.name!r} has {count} "
                     "NaN or infinite values, expected none; repair the model, or merge "
@@ -402,6 +405,8 @@ class Executor:
             overflows += beyond
             digest.update(encoded, planned.dtype.itemsize)
             self._sink.write(planned.name, block.start * planned.dtype.itemsize, encoded.data)
+            for name, offset, part in combine.side(block):
+                self._sink.write(name, offset, part.view(np.uint8).data)
         digest.close()
         self._count_nonfinite(job, reader, None)
         self._written(job, (stop - start) * planned.dtype.itemsize, overflows)
@@ -413,6 +418,7 @@ class Executor:
         fetch = streaming(planned, self._sources, space)
         width = planned.dtype.itemsize
         others = planned.operand_indices() if planned.kind == "same" else []
+        nonfinite = 0
         digest = job.digests.from_chunk(start)
         for begin in range(start, stop, self._block_elements):
             end = min(begin + self._block_elements, stop)
@@ -420,10 +426,14 @@ class Executor:
             for index in others:
                 if index != combine.model:
                     self._check_equal(planned, combine.model, index, raw, fetch(index, begin, end))
+            if planned.kind == "merge":
+                row = space.scratch("copied", (end - begin,), np.dtype(planned.compute))
+                nonfinite += space.decode(raw, planned.dtype, row)
             digest.update(raw, width)
             self._sink.write(planned.name, begin * width, raw.data)
         digest.close()
-        job.scanned = True
+        with self._condition:
+            job.nonfinite[combine.model] += nonfinite
         self._written(job, (stop - start) * width, 0)
 
     def _check_equal(

@@ -129,6 +129,8 @@ class Tensor:
     has_base: bool
     parameters: Mapping[str, Any]
     model_parameters: tuple[Mapping[str, Any], ...]
+    in_order: bool = False
+    """Whether one worker takes all blocks from the first to the last in every scan."""
     keys: tuple[int, ...] = ()
     masks: tuple[Array | None, ...] = ()
     granularity: Granularity = "tensor"

@@ -37,6 +37,7 @@ METHODS = (
         rule=_passthrough,
         base="first",
         max_models=1,
+        keeps_nonfinite=True,
         use_when="Stacking, dropping or reordering layers, or changing a dtype.",
         caveats="Stacked models lose some quality until they are trained further.",
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
@@ -134,12 +134,13 @@ class Cut:
 
     The entries before the cut are those above `threshold` and the first `ties` of those equal to
     it; without `ties`, all of those. `ties_before` holds, per granule of the tensor, how many equal
-    entries came before it.
+    entries came before it; without it, blocks must come in order and the cut counts for itself.
     """
 
     threshold: float
     ties: int | None = None
     ties_before: Array | None = None
+    _left: list[int] = field(default_factory=lambda: [0])
 
     def keep_before(self, row: Array, start: int) -> None:
         """Zero the entries behind the cut; `row` holds elements start, start + 1, ..."""
@@ -154,17 +155,29 @@ class Cut:
     def _choose(self, row: Array, start: int, all_ties: Any, no_ties: Any, some: Any) -> None:
         """Call the kernel that fits how many of the row's equal entries lie before the cut."""
         threshold = row.dtype.type(self.threshold)
-        if self.ties is None or self.ties_before is None:
+        if self.ties is None:
             all_ties(row, threshold)
             return
-        granule, after = start // GRANULE, -(-(start + row.size) // GRANULE)
-        left = self.ties - int(self.ties_before[granule])
+        left, equal = self._count(row, start, threshold)
         if left <= 0:
             no_ties(row, threshold)
-        elif after < len(self.ties_before) and self.ties_before[after] <= self.ties:
+        elif equal is not None and equal <= left:
             all_ties(row, threshold)
         else:
             some(row, threshold, left)
+
+    def _count(self, row: Array, start: int, threshold: Any) -> tuple[int, int | None]:
+        """(ties left at the row's first element, equal entries of the row where known)."""
+        assert self.ties is not None
+        if self.ties_before is not None:
+            granule, after = start // GRANULE, -(-(start + row.size) // GRANULE)
+            before = int(self.ties_before[granule])
+            known = after < len(self.ties_before)
+            return self.ties - before, int(self.ties_before[after]) - before if known else None
+        left = self.ties if start == 0 else self._left[0]
+        equal = int(kernels.order.count_equal(row, threshold)) if left > 0 else 0
+        self._left[0] = left - equal
+        return left, equal
 
 
 @dataclass(frozen=True, eq=False)
@@ -302,7 +315,9 @@ class VaryingPositions(OnPruned, Additive):
         out[0, 0] = kernels.thin.count_nonzero(varying)
 
 
-def exact_cuts(order: Ordered) -> Generator[Summary, Any, tuple[tuple[Cut, ...], ...]]:
+def exact_cuts(
+    tensor: Tensor, order: Ordered
+) -> Generator[Summary, Any, tuple[tuple[Cut, ...], ...]]:
     """Per row and wanted rank k, the cut behind exactly k entries."""
     found: Sequence[tuple[OrderValue, ...]] = yield order
     places = [
@@ -315,13 +330,14 @@ def exact_cuts(order: Ordered) -> Generator[Summary, Any, tuple[tuple[Cut, ...],
         value.value != 0.0 and value.greater + value.equal != rank for _, rank, value in places
     ]
     before = None
-    if any(split):
+    if any(split) and not tensor.in_order:
         before = yield TiesBefore(order, tuple((row, value.value) for row, _, value in places))
     cuts: list[list[Cut]] = [[] for _ in order.wanted]
     for column, (row, rank, value) in enumerate(places):
         cut = Cut(value.value)
-        if split[column] and before is not None:
-            cut = Cut(value.value, rank - value.greater, before[:, column])
+        if split[column]:
+            ties = rank - value.greater
+            cut = Cut(value.value, ties, None if before is None else before[:, column])
         cuts[row].append(cut)
     return tuple(map(tuple, cuts))
 
@@ -348,7 +364,7 @@ def trim_exact(
     wanted = tuple((count,) if 0 < count < size else () for count in counts)
     if not any(wanted):
         return first
-    cuts = yield from exact_cuts(Magnitudes(first, wanted))
+    cuts = yield from exact_cuts(tensor, Magnitudes(first, wanted))
     return (*first, *(KeepLargest(i, own[0]) for i, own in enumerate(cuts) if own))
 
 
@@ -369,7 +385,7 @@ def trim_two_sided(
     prunings: list[Pruning] = list(emptied(densities))
     if not any(wanted):
         return tuple(prunings)
-    cuts = yield from exact_cuts(Magnitudes((), wanted))
+    cuts = yield from exact_cuts(tensor, Magnitudes((), wanted))
     for model, (ranks, own) in enumerate(zip(wanted, cuts, strict=True)):
         for rank, cut in zip(ranks, own, strict=True):
             prunings.append((KeepLargest if rank > tops[model] else DropLargest)(model, cut))
@@ -426,7 +442,7 @@ def keep_most_varying(tensor: Tensor, share: float) -> Generator[Summary, Any, P
     count = int(varying * share)
     if count <= 0:
         return emptied([0.0] * tensor.models)
-    ((cut,),) = yield from exact_cuts(Variances((), ((count,),)))
+    ((cut,),) = yield from exact_cuts(tensor, Variances((), ((count,),)))
     return (KeepVarying(cut),)
 
 
