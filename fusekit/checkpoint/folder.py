@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
 from fusekit.checkpoint.layout import SIDE_FILE
+from fusekit.checkpoint.npz import NpzFile
+from fusekit.checkpoint.pickles import (
+    PICKLE_INDEX_SUFFIX,
+    PICKLE_SUFFIXES,
+    PickleFile,
+    open_pickle_index,
+)
+from fusekit.checkpoint.references import parse_reference
+from fusekit.checkpoint.remote import fetch_companions, is_url, open_url
 from fusekit.checkpoint.safetensors import (
     INDEX_SUFFIX,
     SafetensorsFile,
@@ -15,19 +27,33 @@ from fusekit.checkpoint.safetensors import (
     open_sharded,
 )
 from fusekit.checkpoint.source import TensorSource
+from fusekit.checkpoint.views import LoraSource, RenamedSource
 from fusekit.errors import CheckpointError
 
 COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab"})
 """Small files that make a folder of weights a usable model: config, tokenizer, templates, code."""
 
+PIPELINE_FILES = ("model_index.json", "modules.json")
+"""Files that make a folder's sub-folders parts of one model (diffusers, sentence-transformers)."""
+
+WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
+"""Of several weight files without an index, the one with the first of these names is the model."""
+
+_PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin")
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model: its tensors and, where it is a folder, its config and companion files."""
+    """An opened model: its tensors and, where it is a folder, its config and companion files.
+
+    In a pipeline of several models, tensors of the part in sub-folder `unet` are `unet/<name>`.
+    """
 
     reference: str
     source: TensorSource
     folder: Path | None = None
+    temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
+    """What holds a folder of fetched companions alive as long as the checkpoint."""
 
     def config(self) -> dict[str, Any] | None:
         """The parsed config.json, or None where there is none."""
@@ -46,56 +72,196 @@ class Checkpoint:
         """Files to carry over into a merged folder, weights and their indexes left out."""
         if self.folder is None:
             return []
+        folders = [self.folder, *(_parts(self.folder) if is_pipeline(self.folder) else [])]
         return sorted(
             path
-            for path in self.folder.iterdir()
+            for folder in folders
+            for path in folder.iterdir()
             if path.is_file()
             and path.suffix in COMPANION_SUFFIXES
             and not path.name.endswith(".index.json")
             and path.name != "manifest.json"
         )
 
+    def parts(self) -> dict[str, str]:
+        """The sub-folders of a pipeline that hold weights, and what the weight files are called."""
+        if self.folder is None or not is_pipeline(self.folder):
+            return {}
+        stems = {"diffusion_pytorch_model": "diffusion_pytorch_model"}
+        return {
+            name.partition("/")[0]: stems.get(
+                Path(self.source.where(name)).name.partition(".")[0].partition("-")[0], "model"
+            )
+            for name in self.source.tensors
+            if (self.folder / name.partition("/")[0]).is_dir() and "/" in name
+        }
 
-def open_checkpoint(reference: str, relative_to: Path | None = None) -> Checkpoint:
-    """Open a folder or a `.safetensors` file.
+
+def open_checkpoint(
+    reference: str,
+    relative_to: Path | None = None,
+    *,
+    stream: bool = False,
+    named: Mapping[str, Checkpoint] | None = None,
+) -> Checkpoint:
+    """Open what a reference names: a folder, a weight file, a URL, or a model of the hub.
 
     Args:
-        reference: a path; a relative one is looked up from the working directory, then from
-            `relative_to`.
+        reference: `model[@revision][+adapter[@revision]]`. A relative path is looked up from the
+            working directory, then from `relative_to`; what is no path may be a URL or a hub id.
+            After a `+`, a LoRA adapter that is folded in while the model is read.
         relative_to: the folder of the recipe that holds the reference.
+        stream: read models of the hub by byte range, without storing them.
+        named: models that are known by a name of their own.
 
     Raises:
         CheckpointError: nothing there, no weights in it, or a malformed file.
     """
     path = _existing(reference, relative_to)
-    if path.is_file():
-        if path.name.endswith(INDEX_SUFFIX):
-            return Checkpoint(reference, open_sharded(path), path.parent)
-        return Checkpoint(reference, SafetensorsFile(path))
-    return Checkpoint(reference, _open_folder(path), path)
+    if path is not None:
+        return _open_path(reference, path)
+    parsed = parse_reference(reference)
+    if named is not None and parsed.model in named:
+        model = replace(named[parsed.model], reference=reference)
+    else:
+        model = _open_model(reference, parsed.model, parsed.revision, relative_to, stream)
+    if parsed.lora is None:
+        return model
+    try:
+        adapter = _adapter_folder(reference, parsed.lora, parsed.lora_revision, relative_to)
+        return replace(model, source=_with_adapter(model.source, adapter))
+    except BaseException:
+        model.source.close()
+        raise
 
 
-def _existing(reference: str, relative_to: Path | None) -> Path:
-    candidates = [Path(reference).expanduser()]
-    if relative_to is not None:
-        candidates.append(relative_to / candidates[0])
-    for candidate in candidates:
-        if candidate.exists():
-            return candidate
-    looked = " or ".join(str(candidate.absolute()) for candidate in dict.fromkeys(candidates))
-    raise CheckpointError(f"model {reference!r}: no such file or folder (looked at {looked})")
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder's sub-folders are parts of one model."""
+    return any((folder / name).is_file() for name in PIPELINE_FILES)
+
+
+def _open_model(
+    reference: str, model: str, revision: str | None, relative_to: Path | None, stream: bool
+) -> Checkpoint:
+    if is_url(model):
+        temporary = tempfile.TemporaryDirectory(prefix="fusekit-")
+        source = open_url(model)
+        return Checkpoint(
+            reference, source, fetch_companions(model, Path(temporary.name)), temporary
+        )
+    path = _existing(model, relative_to)
+    if path is not None:
+        if revision is not None:
+            raise CheckpointError(
+                f"model {reference!r}: {path} is on this disk and has no revision {revision!r}"
+            )
+        return _open_path(reference, path)
+    looked = _missing(model, relative_to)
+    if not is_hub_reference(model):
+        raise looked
+    try:
+        found = resolve_hub(model, revision, stream)
+    except CheckpointError as error:
+        raise CheckpointError(f"{looked}; {error}") from None
+    return Checkpoint(reference, found.weights or _open_folder(found.folder), found.folder)
+
+
+def _adapter_folder(
+    reference: str, adapter: str, revision: str | None, relative_to: Path | None
+) -> Path:
+    path = _existing(adapter, relative_to)
+    if path is None:
+        if not is_hub_reference(adapter):
+            raise _missing(adapter, relative_to)
+        return resolve_hub(adapter, revision).folder
+    if revision is not None:
+        raise CheckpointError(
+            f"model {reference!r}: {path} is on this disk and has no revision {revision!r}"
+        )
+    return path
+
+
+def _with_adapter(base: TensorSource, path: Path) -> TensorSource:
+    from fusekit.adapters import load_adapter
+
+    return LoraSource(base, load_adapter(path, base.tensors))
+
+
+def _candidates(reference: str, relative_to: Path | None) -> list[Path]:
+    path = Path(reference.removeprefix("file://")).expanduser()
+    return [path] if relative_to is None else list(dict.fromkeys([path, relative_to / path]))
+
+
+def _existing(reference: str, relative_to: Path | None) -> Path | None:
+    return next((path for path in _candidates(reference, relative_to) if path.exists()), None)
+
+
+def _missing(reference: str, relative_to: Path | None) -> CheckpointError:
+    looked = " or ".join(str(path.absolute()) for path in _candidates(reference, relative_to))
+    return CheckpointError(f"model {reference!r}: no such file or folder (looked at {looked})")
+
+
+def _open_path(reference: str, path: Path) -> Checkpoint:
+    if path.is_dir():
+        return Checkpoint(reference, _open_folder(path), path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return Checkpoint(reference, open_sharded(path), path.parent)
+    if path.name.endswith(PICKLE_INDEX_SUFFIX):
+        return Checkpoint(reference, open_pickle_index(path), path.parent)
+    return Checkpoint(reference, _open_file(path))
+
+
+def _open_file(path: Path) -> TensorSource:
+    if path.suffix in PICKLE_SUFFIXES:
+        return PickleFile(path)
+    return NpzFile(path) if path.suffix == ".npz" else SafetensorsFile(path)
 
 
 def _open_folder(folder: Path) -> TensorSource:
+    own = _weights(folder)
+    if not is_pipeline(folder):
+        if own is None:
+            raise CheckpointError(
+                f"{folder}: no weights found, expected *.safetensors, *{INDEX_SUFFIX}, "
+                f"pytorch_model.bin or *{PICKLE_INDEX_SUFFIX}"
+            )
+        return own
+    sources = [] if own is None else [own]
+    try:
+        for part in _parts(folder):
+            source = _weights(part)
+            if source is not None:
+                names = {f"{part.name}/{name}": name for name in source.tensors}
+                sources.append(RenamedSource(source, names))
+    except BaseException:
+        for source in sources:
+            source.close()
+        raise
+    if not sources:
+        raise CheckpointError(f"{folder}: no weights found in it or in its sub-folders")
+    return ShardedSource(str(folder), sources)
+
+
+def _parts(folder: Path) -> list[Path]:
+    """Sub-folders of a pipeline; links, which may lead out of it, are not followed."""
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
+
+
+def _weights(folder: Path) -> TensorSource | None:
+    """The weights in one folder, safetensors before pickles, or None."""
     indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if indexes:
         preferred = folder / f"model{INDEX_SUFFIX}"
         return open_sharded(preferred if preferred in indexes else indexes[0])
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != SIDE_FILE)
-    if not files:
-        raise CheckpointError(
-            f"{folder}: no weights found, expected *.safetensors or *{INDEX_SUFFIX}"
-        )
-    if len(files) == 1:
+    for stem in WEIGHT_STEMS:
+        files = [path for path in files if path.stem == stem] or files
+    if len(files) > 1:
+        return ShardedSource(str(folder), [SafetensorsFile(file) for file in files])
+    if files:
         return SafetensorsFile(files[0])
-    return ShardedSource(str(folder), [SafetensorsFile(file) for file in files])
+    pickle_indexes = sorted(folder.glob(f"*{PICKLE_INDEX_SUFFIX}"))
+    if pickle_indexes:
+        return open_pickle_index(pickle_indexes[0])
+    pickles = [folder / name for name in _PICKLES if (folder / name).is_file()]
+    return PickleFile(pickles[0]) if pickles else None

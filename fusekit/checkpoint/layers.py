@@ -26,6 +26,11 @@ class Layer:
         return self.rank / (self.depth - 1) if self.depth > 1 else 1.0
 
 
+def within_block(name: str, layer: Layer) -> str:
+    """What follows the block's number in a tensor's name: `mlp.down_proj.weight`."""
+    return name.split(".", layer.stack.count(".") + 2 if layer.stack else 1)[-1]
+
+
 def infer_layers(names: Iterable[str]) -> dict[str, Layer | None]:
     """The layer of every tensor, or None for tensors outside numbered blocks.
 

@@ -15,6 +15,7 @@ DEFAULT_SHARD_BYTES = 5_000_000_000
 SIDE_FILE = "task_masks.safetensors"
 """What a merge writes besides its model: tensors that no loader of the model should see."""
 
+_SHARD_NUMBER = re.compile(r"-\d{5}-of-\d{5}(?=\.safetensors$)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -50,13 +51,29 @@ class Layout:
         """Size of all files together."""
         return sum(shard.nbytes for shard in self.files)
 
-    def index_json(self) -> str | None:
-        """The index of a sharded output, or None for a single file."""
-        if len(self.shards) == 1:
-            return None
-        data = sum(shard.nbytes - len(shard.header) for shard in self.shards)
-        weight_map = {name: shard.file_name for name, shard in sorted(self.shard_of.items())}
-        return json.dumps({"metadata": {"total_size": data}, "weight_map": weight_map}, indent=2)
+    def indexes(self) -> dict[str, str]:
+        """File name -> content of the index of every part that has several shards."""
+        parts: dict[str, list[Shard]] = {}
+        for shard in self.shards:
+            stem = _SHARD_NUMBER.sub("", shard.file_name).removesuffix(".safetensors")
+            parts.setdefault(stem, []).append(shard)
+        return {
+            f"{stem}.safetensors.index.json": _index(shards)
+            for stem, shards in parts.items()
+            if len(shards) > 1
+        }
+
+
+def _index(shards: Sequence[Shard]) -> str:
+    data = sum(shard.nbytes - len(shard.header) for shard in shards)
+    folder, slash, _ = shards[0].file_name.rpartition("/")
+    weight_map = {
+        name.removeprefix(folder + slash): shard.file_name.rpartition("/")[2]
+        for shard in shards
+        for name in shard.offsets
+    }
+    weight_map = dict(sorted(weight_map.items()))
+    return json.dumps({"metadata": {"total_size": data}, "weight_map": weight_map}, indent=2)
 
 
 def lay_out(
@@ -64,12 +81,32 @@ def lay_out(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     side: Sequence[TensorInfo] = (),
     side_metadata: Mapping[str, str] | None = None,
+    parts: Mapping[str, str] | None = None,
 ) -> Layout:
     """Fill shards greedily in the given order; a new one starts where a tensor would not fit.
 
     A tensor larger than `shard_bytes` gets a shard of its own. Within a shard wider element types
-    come first, so that every tensor is aligned to its type. `side` tensors get a file of their own.
+    come first, so that every tensor is aligned to its type. `parts` maps the folders of a pipeline
+    to the names of the files in them: with `{"unet": "model"}` a tensor `unet/w` goes to
+    `unet/model.safetensors` as `w`. `side` tensors get a file of their own.
     """
+    members: dict[str, list[TensorInfo]] = {}
+    for info in tensors:
+        folder = info.name.partition("/")[0]
+        members.setdefault(folder if folder in (parts or {}) else "", []).append(info)
+    shards = [
+        shard
+        for folder, infos in (members or {"": []}).items()
+        for shard in _lay_out_part(folder, (parts or {}).get(folder, "model"), infos, shard_bytes)
+    ]
+    return Layout(
+        tuple(shards), _shard(SIDE_FILE, side, side_metadata) if side else None, tuple(side)
+    )
+
+
+def _lay_out_part(
+    folder: str, stem: str, tensors: Sequence[TensorInfo], shard_bytes: int
+) -> list[Shard]:
     shards: list[list[TensorInfo]] = [[]]
     filled = 0
     for info in tensors:
@@ -79,29 +116,30 @@ def lay_out(
         shards[-1].append(info)
         filled += info.nbytes
     count = len(shards)
-    return Layout(
-        tuple(
-            _shard(
-                "model.safetensors"
-                if count == 1
-                else f"model-{number:05d}-of-{count:05d}.safetensors",
-                members,
-            )
-            for number, members in enumerate(shards, start=1)
-        ),
-        _shard(SIDE_FILE, side, side_metadata) if side else None,
-        tuple(side),
-    )
+    path = f"{folder}/{stem}" if folder else stem
+    return [
+        _shard(
+            f"{path}.safetensors"
+            if count == 1
+            else f"{path}-{number:05d}-of-{count:05d}.safetensors",
+            members,
+            prefix=f"{folder}/" if folder else "",
+        )
+        for number, members in enumerate(shards, start=1)
+    ]
 
 
 def _shard(
-    file_name: str, members: Sequence[TensorInfo], metadata: Mapping[str, str] | None = None
+    file_name: str,
+    members: Sequence[TensorInfo],
+    metadata: Mapping[str, str] | None = None,
+    prefix: str = "",
 ) -> Shard:
     ordered = sorted(members, key=lambda info: -info.dtype.itemsize)
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     position = 0
     for info in ordered:
-        entries[info.name] = {
+        entries[info.name.removeprefix(prefix)] = {
             "dtype": info.dtype.name,
             "shape": list(info.shape),
             "data_offsets": [position, position + info.nbytes],

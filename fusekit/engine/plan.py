@@ -18,7 +18,6 @@ from fusekit.checkpoint.layout import Layout
 from fusekit.checkpoint.source import TensorSource
 from fusekit.methods.base import Granularity, Method, Tensor
 
-
 WHOLE_COPIES = 10
 """Copies of a tensor in float64 that the mathematics on whole tensors holds at most."""
 
@@ -100,7 +99,10 @@ class Plan:
     recipe: Mapping[str, Any]
     config_from: int | None
     warnings: tuple[str, ...] = ()
-    config_updates: Mapping[str, Any] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    """What config.json of the output says, or None where there is none."""
+    files: Mapping[str, bytes | None] = field(default_factory=dict)
+    """Files beside the weights that differ from those of `config_from`; None: left out."""
 
     @property
     def sources(self) -> list[TensorSource]:
@@ -143,7 +145,7 @@ class Plan:
         content = {
             "recipe": self.recipe,
             "inputs": [source.identity() for source in self.sources],
-            "shards": [[shard.file_name, shard.nbytes] for shard in self.layout.shards],
+            "shards": [[shard.file_name, shard.nbytes] for shard in self.layout.files],
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

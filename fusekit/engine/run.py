@@ -16,13 +16,15 @@ import numpy as np
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
+from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, check_target
 from fusekit.engine.executor import Execution, NonFinite
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
 from fusekit.engine.manifest import MANIFEST, manifest
 from fusekit.engine.matrices import execute
+from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
-from fusekit.engine.planner import choose_operands, plan_checkpoints, plan_recipe
+from fusekit.engine.planner import plan_checkpoints, plan_recipe
 from fusekit.errors import FusekitError
 from fusekit.methods.base import Granularity
 from fusekit.methods.registry import find
@@ -97,23 +99,47 @@ def merge(
         >>> import fusekit
         >>> fusekit.merge("recipe.yml", "merged")  # doctest: +SKIP
     """
-    begun, cpu = time.monotonic(), time.process_time()
-    target = Path(out)
+    target = Path(out).resolve()
     check_target(target, overwrite)
     plan = plan_recipe(load_recipe(recipe), out_shard_size)
     with contextlib.closing(plan):
-        writer, journal = _open_output(plan, target, resume)
-        resumed = len(journal.checksums)
-        try:
-            with _noticing_compilation(on_compile):
-                execution = _execute(
-                    plan, writer, journal, threads, device, allow_nonfinite, on_progress
-                )
-            _check_inputs_unchanged(plan, writer.folder)
-            _finish(plan, writer, journal)
-        finally:
-            journal.close()
-            writer.close()
+        return run_plan(
+            plan,
+            target,
+            threads=threads,
+            device=device,
+            resume=resume,
+            allow_nonfinite=allow_nonfinite,
+            on_progress=on_progress,
+            on_compile=on_compile,
+        )
+
+
+def run_plan(
+    plan: Plan,
+    target: Path,
+    *,
+    threads: int | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    allow_nonfinite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+    on_compile: Callable[[], None] | None = None,
+) -> MergeReport:
+    """Carry out a plan into a new folder; arguments as of `merge`."""
+    begun, cpu = time.monotonic(), time.process_time()
+    writer, journal = _open_output(plan, target, resume)
+    resumed = len(journal.checksums)
+    try:
+        with _noticing_compilation(on_compile):
+            execution = _execute(
+                plan, writer, journal, threads, device, allow_nonfinite, on_progress
+            )
+        _check_inputs_unchanged(plan, writer.folder)
+        _finish(plan, writer, journal)
+    finally:
+        journal.close()
+        writer.close()
     return MergeReport(
         out=target,
         tensors=len(plan.tensors),
@@ -192,28 +218,35 @@ def _check_inputs_unchanged(plan: Plan, folder: Path) -> None:
 
 def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     """Everything beside the weights, then the rename that makes the output exist."""
-    if plan.config_from is not None:
-        model = plan.checkpoints[plan.config_from]
-        for path in model.companions():
-            writer.add_file(path.name, path.read_bytes())
-        config = model.config()
-        if config is not None:
-            writer.add_file("config.json", _json(_updated_config(config, plan.config_updates)))
-    index = plan.layout.index_json()
-    if index is not None:
-        writer.add_file("model.safetensors.index.json", index.encode())
-    writer.add_file(MANIFEST, _json(manifest(plan, journal.checksums)))
+    for name, content in _companions(plan).items():
+        writer.add_file(name, content)
+    for name, index in plan.layout.indexes().items():
+        writer.add_file(name, index.encode())
+    with contextlib.ExitStack() as stack:
+        side = None
+        if plan.layout.side is not None:
+            side = SafetensorsFile(writer.folder / plan.layout.side.file_name)
+            stack.callback(side.close)
+        writer.add_file(MANIFEST, _json(manifest(plan, journal.checksums, side)))
     journal.sync()
     writer.discard_file(JOURNAL)
     writer.publish()
 
 
-def _updated_config(config: dict[str, Any], updates: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with what the merge changed; the dtype under the key the config already uses."""
-    result = dict(config)
-    for key, value in updates.items():
-        result["torch_dtype" if key == "dtype" and "torch_dtype" in config else key] = value
-    return result
+def _companions(plan: Plan) -> dict[str, bytes]:
+    """Config, tokenizer and whatever else makes the weights a usable model."""
+    files: dict[str, bytes | None] = {}
+    if plan.config_from is not None:
+        model = plan.checkpoints[plan.config_from]
+        files = {
+            path.relative_to(model.folder).as_posix(): path.read_bytes()
+            for path in model.companions()
+            if model.folder is not None
+        }
+    files.update(plan.files)
+    if plan.config is not None:
+        files["config.json"] = _json(plan.config)
+    return {name: content for name, content in files.items() if content is not None}
 
 
 def _json(content: Any) -> bytes:
@@ -245,7 +278,7 @@ def _noticing_compilation(callback: Callable[[], None] | None) -> Iterator[None]
 
 
 class _MemorySink:
-    """Merged tensors as NumPy arrays."""
+    """Merged tensors as NumPy arrays; what a method writes beside them is left to folders."""
 
     def __init__(self, plan: Plan) -> None:
         self.arrays = {
@@ -256,7 +289,8 @@ class _MemorySink:
         }
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
-        self._bytes[name][offset : offset + len(data)] = data
+        if name in self._bytes:
+            self._bytes[name][offset : offset + len(data)] = data
 
     def finished(self, name: str, checksum: str) -> None:
         """Nothing to do: the array is the result."""
@@ -282,8 +316,7 @@ def merge_state_dicts(
 
     Args:
         models: one `{name: array}` per model; NumPy arrays (ml_dtypes allowed) or torch tensors,
-        all
-            with the same names and shapes.
+            all with the same names and shapes.
         method: a name from `fusekit.methods.available()`.
         base: the common ancestor (task-vector methods), or the first of the models (SLERP).
         parameters: global parameters: scalars, gradients or filter lists, as in a recipe.

@@ -22,6 +22,7 @@ _SUBMODULES = (
     "elect",
     "gram",
     "linear",
+    "lowrank",
     "masks",
     "norms",
     "order",

@@ -114,8 +114,8 @@ def _check(raw: Any, parameter: Parameter, place: str) -> Any:
 class Lookup:
     """Parameters of one method, looked up through levels from the most to the least specific."""
 
-    def __init__(self, method: Method, levels: Sequence[tuple[Level, str]]) -> None:
-        """`levels` pairs settings with their place in the recipe, most specific first."""
+    def __init__(self, method: Method, levels: Sequence[Level]) -> None:
+        """`levels` from the most to the least specific."""
         self._method = method
         self._levels = levels
 
@@ -139,12 +139,12 @@ class Lookup:
             level[parameter.name].is_constant
             for parameter in self._method.parameters
             if parameter.per_model == per_model
-            for level, _ in self._levels
+            for level in self._levels
             if parameter.name in level
         )
 
     def _value(self, parameter: Parameter, tensor: str, position: float, whose: str) -> Any:
-        for level, _ in self._levels:
+        for level in self._levels:
             setting = level.get(parameter.name)
             if setting is not None:
                 found, value = setting.value(tensor, position)

@@ -8,7 +8,6 @@ from math import isfinite
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -17,10 +16,13 @@ from pydantic import (
     PlainValidator,
     ValidationError,
     field_validator,
+    model_validator,
 )
 
 from fusekit.checkpoint.dtypes import DTYPES, dtype_named
+from fusekit.checkpoint.references import parse_reference, reference_text
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
+from fusekit.recipe.documents import making_order, read_documents
 
 _FLOATS = [dtype.torch_name for dtype in DTYPES.values() if dtype.is_float]
 
@@ -30,6 +32,7 @@ _EXPECTED = {
     "invalid_key": "a text",
     "list_type": "a list",
     "model_type": "a mapping with a model and its parameters",
+    "tuple_type": "[start, end)",
     "string_type": "a text",
     "too_short": "at least one",
 }
@@ -45,11 +48,62 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+Reference = Annotated[str, BeforeValidator(lambda value: reference_text(value, "model"))]
+"""A model reference; the long form becomes the text form."""
+
+
 class ModelEntry(_Strict):
     """One model to merge and its own parameters."""
 
-    model: str
+    model: Reference
     parameters: Parameters = Field(default_factory=dict)
+
+
+class SourceEntry(ModelEntry):
+    """Layers `[start, end)` of one model, and parameters for them."""
+
+    layer_range: Annotated[Any, PlainValidator(lambda value: _layer_range(value))]
+
+
+def _layer_range(value: Any) -> tuple[int, int]:
+    if (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(type(number) is int for number in value)
+        and 0 <= value[0] < value[1]
+    ):
+        return (value[0], value[1])
+    raise ValueError("[start, end) with 0 <= start < end")
+
+
+class Slice(_Strict):
+    """Output layers made from equally many layers of each source."""
+
+    sources: list[SourceEntry] = Field(min_length=1)
+    base_model: Reference | None = None
+    parameters: Parameters = Field(default_factory=dict)
+
+    @field_validator("sources")
+    @classmethod
+    def _equally_long(cls, sources: list[SourceEntry]) -> list[SourceEntry]:
+        ranges = [source.layer_range for source in sources]
+        if len({end - start for start, end in ranges}) > 1:
+            raise ValueError(f"ranges of equal length, not {', '.join(map(str, ranges))}")
+        return sources
+
+
+class Module(_Strict):
+    """One tower of a model: its models or slices, and parameters for it."""
+
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+    parameters: Parameters = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_of(self) -> Module:
+        if (self.models is None) == (self.slices is None):
+            raise ValueError("either models or slices")
+        return self
 
 
 def _number_or(*words: str) -> PlainValidator:
@@ -92,22 +146,54 @@ class LayerScaling(_Strict):
 
 
 class Recipe(_Strict):
-    """What to merge and how.
+    """What to merge and how; exactly one of `models`, `slices` and `modules` says of what.
+
+    `stages` are the other documents of the file that this one draws on, each after those it needs.
 
     >>> Recipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}]}).seed
     0
     """
 
     merge_method: str
-    models: list[ModelEntry] = Field(min_length=1)
-    base_model: str | None = None
+    models: list[ModelEntry] | None = Field(default=None, min_length=1)
+    slices: list[Slice] | None = Field(default=None, min_length=1)
+    modules: dict[str, Module] | None = Field(default=None, min_length=1)
+    base_model: Reference | None = None
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
+    missing: Literal["error", "skip-model", "base"] = "error"
+    tokenizer_source: Reference | None = None
+    tokenizer: dict[str, Any] | None = None
+    chat_template: str | None = None
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     granularity: Literal["tensor", "module", "layer", "model"] = "tensor"
     layer_scaling: LayerScaling | None = None
     seed: int = Field(default=0, ge=0, lt=2**64, strict=True)
     folder: Path | None = Field(default=None, exclude=True)
+    stages: tuple[Recipe, ...] = Field(default=(), exclude=True)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        given = [key for key in ("models", "slices", "modules") if getattr(self, key) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{given[1]}: found beside {given[0]}, expected only one of them")
+        if not given:
+            raise ValueError("models is missing (or slices, or modules)")
+        if self.tokenizer is not None and self.tokenizer_source is not None:
+            raise ValueError("tokenizer: found beside tokenizer_source, expected only one of them")
+        return self
+
+    def references(self) -> list[str]:
+        """Every model the recipe draws on, the base first, else in the order written."""
+        found = [self.base_model]
+        modules = list((self.modules or {}).values())
+        for models in (self.models, *(module.models for module in modules)):
+            found += [entry.model for entry in models or []]
+        for slices in (self.slices, *(module.slices for module in modules)):
+            for part in slices or []:
+                found += [part.base_model, *(source.model for source in part.sources)]
+        return [reference for reference in dict.fromkeys(found) if reference is not None]
 
     @field_validator("dtype", "out_dtype")
     @classmethod
@@ -123,16 +209,18 @@ class Recipe(_Strict):
         return dtype.torch_name
 
 
-_KEYS = [name for name in Recipe.model_fields if name != "folder"]
+_KEYS = [name for name in Recipe.model_fields if name not in {"folder", "stages"}]
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
     """A checked recipe from a YAML file, a mapping or a recipe.
 
-    Relative model paths in a file are also looked up from the file's folder.
+    Relative model paths in a file are also looked up from the file's folder. In a file of several
+    documents, a `name` makes a document's result a model for the others.
 
     Raises:
-        RecipeError: not YAML, unknown or misspelt keys, wrong types, values out of range.
+        RecipeError: not YAML, unknown or misspelt keys, wrong types, values out of range, documents
+            that need each other.
 
     >>> load_recipe({"merge_method": "linear", "models": [{"model": "a"}]}).models[0].model
     'a'
@@ -142,31 +230,51 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(source, Mapping):
         return _validated(dict(source), "recipe", None)
     path = Path(source)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise RecipeError(f"{path}: the recipe cannot be read: {reason}") from None
-    try:
-        content = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f", line {where.line + 1}" if where else ""
-        reason = getattr(error, "problem", None) or "nested too deeply"
-        raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from None
-    if not isinstance(content, dict):
-        found = type(content).__name__
-        raise RecipeError(f"{path}: expected a mapping with merge_method and models, found {found}")
-    return _validated(content, str(path), path.absolute().parent)
+    folder = path.absolute().parent
+    return _joined([_validated(each, str(path), folder) for each in read_documents(path)], path)
+
+
+def _joined(recipes: list[Recipe], path: Path) -> Recipe:
+    """The final one of several documents, with those that it is made from."""
+    if len(recipes) == 1:
+        return recipes[0]
+    named: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name is not None:
+            if recipe.name in named:
+                raise RecipeError(f"{path}: two documents have the name {recipe.name!r}")
+            named[recipe.name] = recipe
+    final = [recipe for recipe in recipes if recipe.name is None]
+    needs = {name: _needed(recipe, named) for name, recipe in named.items()}
+    if not final:
+        used = set().union(*needs.values())
+        final = [recipe for name, recipe in named.items() if name not in used]
+        making_order(needs, str(path))
+    if len(final) != 1:
+        raise RecipeError(
+            f"{path}: {len(final)} of {len(recipes)} documents are final results, expected one: "
+            "give every other document a name"
+        )
+    order = making_order({**needs, "": _needed(final[0], named)}, str(path))
+    stages = [named[name] for name in order if name and named[name] is not final[0]]
+    return final[0].model_copy(update={"stages": tuple(stages)})
+
+
+def _needed(recipe: Recipe, named: Mapping[str, Recipe]) -> set[str]:
+    """Names of the documents whose results a recipe draws on."""
+    return {parse_reference(text).model for text in recipe.references()} & set(named)
 
 
 def _validated(content: dict[str, Any], label: str, folder: Path | None) -> Recipe:
-    if "folder" in content:
-        raise RecipeError(f"{label}: unknown key 'folder'{did_you_mean('folder', _KEYS)}")
+    for key in ("folder", "stages"):
+        if key in content:
+            raise RecipeError(f"{label}: unknown key {key!r}{did_you_mean(key, _KEYS)}")
     try:
         return Recipe.model_validate({**content, "folder": folder})
     except ValidationError as error:
         raise RecipeError(f"{label}: {_first_problem(error)}") from None
+    except RecipeError as error:
+        raise RecipeError(f"{label}: {error}") from None
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -175,18 +283,35 @@ def _first_problem(error: ValidationError) -> str:
     place = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
-        nested = {"layer_scaling": LayerScaling.model_fields}
-        known: Iterable[str] = nested.get(str(problem["loc"][0]), ModelEntry.model_fields)
-        if len(problem["loc"]) == 1:
-            known = _KEYS
-        return f"unknown key {place!r}{did_you_mean(key, known)}"
+        return f"unknown key {place!r}{did_you_mean(key, _keys_at(problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"{place} is missing"
     message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if not place:
+        return message
     expected = _EXPECTED.get(problem["type"], message)
     if problem["type"] == "model_type" and "layer_scaling" in problem["loc"]:
         expected = "a mapping" + (" with alpha and beta" if len(problem["loc"]) == 1 else "")
     return f"{place}: found {problem['input']!r}, expected {expected}"
+
+
+_NESTED: dict[str, type[BaseModel]] = {
+    "models": ModelEntry,
+    "slices": Slice,
+    "sources": SourceEntry,
+    "layer_scaling": LayerScaling,
+    "outside": LayerValue,
+}
+
+
+def _keys_at(location: tuple[int | str, ...]) -> Iterable[str]:
+    """The keys that may stand at a place of the recipe."""
+    if not location:
+        return _KEYS
+    if location[0] == "modules" and len(location) == 2:
+        return Module.model_fields
+    last = next(part for part in reversed(location) if isinstance(part, str))
+    return _NESTED[last].model_fields if last in _NESTED else ()
 
 
 def _place(location: tuple[int | str, ...]) -> str:

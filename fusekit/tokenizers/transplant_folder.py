@@ -311,9 +311,8 @@ def _write(
                 view = buffer[: (stop - start) * width]
                 source.read_into(info.name, start, stop, view)
                 writer.write(info.name, start * width, view)
-        index = layout.index_json()
-        if index is not None:
-            writer.add_file("model.safetensors.index.json", index.encode())
+        for name, index in layout.indexes().items():
+            writer.add_file(name, index.encode())
         for name, content in files.items():
             writer.add_file(name, content)
         writer.publish()

@@ -32,7 +32,7 @@ def test_a_single_shard_needs_no_index() -> None:
     layout = lay_out([info("a", 10), info("b", 20)])
     (shard,) = layout.shards
     assert shard.file_name == "model.safetensors"
-    assert layout.index_json() is None
+    assert layout.indexes() == {}
     assert shard.nbytes == layout.nbytes == len(shard.header) + 120
 
 
@@ -43,7 +43,9 @@ def test_a_new_shard_starts_where_a_tensor_would_not_fit() -> None:
     assert [s.file_name for s in layout.shards] == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
     ]
-    index = json.loads(layout.index_json() or "")
+    ((name, text),) = layout.indexes().items()
+    assert name == "model.safetensors.index.json"
+    index = json.loads(text)
     assert index["metadata"]["total_size"] == 4 * 101
     assert index["weight_map"]["d"] == "model-00002-of-00003.safetensors"
 
@@ -51,6 +53,24 @@ def test_a_new_shard_starts_where_a_tensor_would_not_fit() -> None:
 def test_a_tensor_larger_than_the_limit_gets_a_shard_of_its_own() -> None:
     layout = lay_out([info("a", 1), info("huge", 1000), info("b", 1)], shard_bytes=100)
     assert members(layout) == [["a"], ["huge"], ["b"]]
+
+
+def test_parts_of_a_pipeline_get_files_of_their_own() -> None:
+    names = ["unet/a", "unet/b", "w", "../x/w"]
+    layout = lay_out(
+        [info(name, 20) for name in names],
+        shard_bytes=100,
+        parts={"unet": "diffusion_pytorch_model"},
+    )
+    assert {shard.file_name: list(shard.offsets) for shard in layout.shards} == {
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors": ["unet/a"],
+        "unet/diffusion_pytorch_model-00002-of-00002.safetensors": ["unet/b"],
+        "model-00001-of-00002.safetensors": ["w"],
+        "model-00002-of-00002.safetensors": ["../x/w"],
+    }
+    assert list(parse_header(layout.shards[0].header[8:], layout.shards[0].nbytes, "f")[0]) == ["a"]
+    index = json.loads(layout.indexes()["unet/diffusion_pytorch_model.safetensors.index.json"])
+    assert index["weight_map"]["b"] == "diffusion_pytorch_model-00002-of-00002.safetensors"
 
 
 def test_nothing_to_write_is_one_empty_file() -> None:

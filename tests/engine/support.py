@@ -14,8 +14,9 @@ from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.executor import Execution, Executor
+from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
-from fusekit.engine.planner import choose_operands, plan_checkpoints
+from fusekit.engine.planner import plan_checkpoints
 from fusekit.methods import Method, find
 from fusekit.recipe.schema import load_recipe
 

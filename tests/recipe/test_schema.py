@@ -85,7 +85,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"models": [{"model": "a", "paramters": {}}]},
         "unknown key 'models[0].paramters' (did you mean 'parameters'?)",
     ),
-    "unknown key": ({"zzz": 1}, "unknown key 'zzz' (known: base_model, dtype, "),
+    "unknown key": ({"zzz": 1}, "unknown key 'zzz' (known: base_model, chat_template, dtype, "),
     "key of our own": ({"folder": "/etc"}, "unknown key 'folder'"),
     "misspelt dtype": (
         {"dtype": "bfloat61"},
@@ -112,7 +112,8 @@ def test_wrong_recipes_are_refused_with_place_found_and_expected(
 
 @pytest.mark.parametrize("key", ["merge_method", "models"])
 def test_required_keys(key: str) -> None:
-    assert refused({k: v for k, v in GOOD.items() if k != key}) == f"recipe: {key} is missing"
+    message = refused({k: v for k, v in GOOD.items() if k != key})
+    assert message.startswith(f"recipe: {key} is missing")
 
 
 BAD_TEXT = {

@@ -1,0 +1,319 @@
+"""From units of tensors to matched tensors: shapes that agree, tied heads, missing tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.source import TensorInfo
+from fusekit.engine.operands import Slice
+from fusekit.engine.plan import TensorRef
+from fusekit.engine.units import Unit
+from fusekit.errors import CheckpointError, RecipeError, did_you_mean
+from fusekit.methods.base import Method
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """One output tensor: its operands, and which of the slice's models they are.
+
+    `names` are the tensors' names in those models, by which per-model parameters are looked up.
+    """
+
+    info: TensorInfo
+    part: Slice
+    position: float
+    kept: tuple[int, ...]
+    names: tuple[str, ...]
+    models: tuple[TensorRef, ...]
+    base: TensorRef | None
+    is_alone: bool = False
+    """Whether only the first operand's tensor is used, whatever the others hold."""
+
+
+@dataclass
+class Heads:
+    """What matching has found out about tied output heads."""
+
+    untied: bool = False
+    """Whether a head is written although a model shares it with its embedding."""
+
+    dropped: list[str] = field(default_factory=list)
+    """Heads left out because every model shares them with its embedding."""
+
+
+class Matcher:
+    """Matches the units of one merge.
+
+    Args:
+        checkpoints: the opened models, in the order that `TensorRef.source` counts.
+        method: what merges them.
+        missing: what to do about tensors that a model lacks.
+    """
+
+    def __init__(self, checkpoints: list[Checkpoint], method: Method, missing: str) -> None:
+        self._checkpoints = checkpoints
+        self._index = {checkpoint.reference: i for i, checkpoint in enumerate(checkpoints)}
+        self._tensors = [checkpoint.source.tensors for checkpoint in checkpoints]
+        self._method = method
+        self._missing = missing
+        self._ties: dict[int, bool | None] = {}
+        self._embeddings: dict[int, list[TensorInfo]] = {}
+        self.heads = Heads()
+        self.warnings: list[str] = []
+        self._left_out: list[str] = []
+
+    def match(self, unit: Unit) -> Iterator[Matched]:
+        """The unit's output tensors, those of its first operand first.
+
+        Raises:
+            CheckpointError: tensors that are missing or differ in shape or kind.
+        """
+        sources = [self._index[operand.model] for operand in unit.part.operands]
+        first, *others = unit.offered
+        extra = list(dict.fromkeys(name for other in others for name in other if name not in first))
+        if self._method.missing == "first":
+            self._left_out += extra
+            yield from (self._alone_or_matched(name, unit, sources) for name in first)
+            return
+        for name in [*first, *extra]:
+            found = [offered.get(name) for offered in unit.offered]
+            if HEAD_NAMES.search(name) and self._is_shared_by_all(name, found, sources):
+                self.heads.dropped.append(name)
+                continue
+            if None in found:
+                found = self._with_tied(name, found, sources)
+            yield self._matched(name, unit, sources, found)
+
+    def notes(self) -> list[str]:
+        """What the user should be told about the tensors."""
+        if not self._left_out:
+            return self.warnings
+        return [
+            *self.warnings,
+            f"{len(self._left_out)} tensor(s) that {self._checkpoints[0].reference} does not have "
+            f"are left out, such as {min(self._left_out)!r}",
+        ]
+
+    def _alone_or_matched(self, name: str, unit: Unit, sources: list[int]) -> Matched:
+        """The tensor of all operands, or of the first alone where others lack it or differ."""
+        found = [offered.get(name) for offered in unit.offered]
+        infos = [
+            None if inner is None else self._tensors[source][inner]
+            for inner, source in zip(found, sources, strict=True)
+        ]
+        lead = infos[0]
+        assert lead is not None
+        if all(info is not None and info.shape == lead.shape for info in infos):
+            return self._matched(name, unit, sources, found)
+        ref = TensorRef(sources[0], lead.name, lead.dtype)
+        return Matched(
+            TensorInfo(name, lead.dtype, lead.shape),
+            unit.part,
+            unit.position(name),
+            (0,),
+            (lead.name,),
+            (ref,),
+            ref if unit.part.base is not None else None,
+            is_alone=True,
+        )
+
+    # -- tied heads ------------------------------------------------------------------------------
+
+    def _is_shared_by_all(self, name: str, found: list[str | None], sources: list[int]) -> bool:
+        """Whether the head only repeats what every model shares with its embedding."""
+        return name.endswith(".weight") and all(
+            inner is not None
+            and self._declared_tie(source)
+            and self._embedding_like(source, self._tensors[source][inner]) is not None
+            for inner, source in zip(found, sources, strict=True)
+        )
+
+    def _with_tied(
+        self, name: str, found: list[str | None], sources: list[int]
+    ) -> list[str | None]:
+        """Where a model has no head because it is tied, its embedding takes the head's place."""
+        present = next(
+            (
+                self._tensors[source][inner]
+                for inner, source in zip(found, sources, strict=True)
+                if inner is not None
+            )
+        )
+        if not HEAD_NAMES.search(name) or len(present.shape) != 2:
+            return found
+        completed = list(found)
+        for i, source in enumerate(sources):
+            if completed[i] is None and self._declared_tie(source) is not False:
+                completed[i] = self._embedding_like(source, present)
+                self.heads.untied |= completed[i] is not None
+        return completed
+
+    def _declared_tie(self, source: int) -> bool | None:
+        if source not in self._ties:
+            self._ties[source] = declared_tie(self._checkpoints[source].config() or {})
+        return self._ties[source]
+
+    def _embedding_like(self, source: int, head: TensorInfo) -> str | None:
+        """The one embedding with rows of the head's length; of several, the `shared` one."""
+        if source not in self._embeddings:
+            self._embeddings[source] = [
+                info
+                for name, info in self._tensors[source].items()
+                if len(info.shape) == 2 and EMBEDDING_NAMES.search(name)
+            ]
+        alike = [info.name for info in self._embeddings[source] if info.shape[1:] == head.shape[1:]]
+        if len(alike) > 1:
+            alike = [name for name in alike if name.endswith("shared.weight")]
+        return alike[0] if len(alike) == 1 else None
+
+    # -- operands --------------------------------------------------------------------------------
+
+    def _matched(
+        self, name: str, unit: Unit, sources: list[int], found: list[str | None]
+    ) -> Matched:
+        if None in found:
+            found, sources = self._without_missing(name, unit, sources, found)
+        infos = [
+            None if inner is None else self._tensors[source][inner]
+            for inner, source in zip(found, sources, strict=True)
+        ]
+        lead = next(i for i, info in enumerate(infos) if info is not None)
+        reference = infos[lead]
+        assert reference is not None
+        shape = reference.shape
+        for i, info in enumerate(infos):
+            if info is None or info is reference:
+                continue
+            if info.shape != shape:
+                shape = self._common_shape(info, sources[i], shape, reference, sources[lead])
+            if info.dtype != reference.dtype:
+                self._check_kind(info, sources[i], reference, sources[lead])
+        refs = [
+            None if info is None else TensorRef(source, info.name, info.dtype)
+            for info, source in zip(infos, sources, strict=True)
+        ]
+        base = None if unit.part.base is None else refs[0]
+        offset = 0 if unit.part.base is None else 1
+        kept = tuple(i for i in range(len(refs) - offset) if refs[i + offset] is not None)
+        models = tuple(ref for ref in refs[offset:] if ref is not None)
+        return Matched(
+            TensorInfo(name, reference.dtype, shape),
+            unit.part,
+            unit.position(name),
+            kept,
+            tuple(ref.name for ref in models),
+            models,
+            base,
+        )
+
+    def _without_missing(
+        self, name: str, unit: Unit, sources: list[int], found: list[str | None]
+    ) -> tuple[list[str | None], list[int]]:
+        """What is left of the operands when some lack the tensor, or the refusal."""
+        operands = unit.part.operands
+        if found[0] is None and (unit.part.base is not None or self._missing != "skip-model"):
+            holder = next(i for i, inner in enumerate(found) if inner is not None)
+            inner = found[holder]
+            assert inner is not None
+            raise CheckpointError(
+                f"{self._checkpoints[sources[holder]].source.where(inner)}: tensor {inner!r} is "
+                f"not in {operands[0].model}; all models must hold the same tensors"
+                + self._tie_hint(name, sources, found)
+            )
+        lacking = [i for i, inner in enumerate(found) if inner is None]
+        if self._missing == "error":
+            i = lacking[0]
+            theirs = unit.offered[i]
+            raise CheckpointError(
+                f"{self._checkpoints[sources[i]].source.label}: tensor {name!r} of "
+                f"{operands[0].model} is missing"
+                + (did_you_mean(name, theirs) if len(theirs) < 2000 else "")
+                + self._tie_hint(name, sources, found)
+            )
+        if self._missing == "base":
+            if unit.part.base is None:
+                raise RecipeError("missing: 'base' takes tensors from base_model, which is missing")
+            return (
+                [found[0] if inner is None else inner for inner in found],
+                [
+                    sources[0] if inner is None else source
+                    for inner, source in zip(found, sources, strict=True)
+                ],
+            )
+        left = len(found) - len(lacking) - (unit.part.base is not None)
+        if unit.part.base is None and left < self._method.min_models:
+            raise CheckpointError(
+                f"tensor {name!r}: only {left} of {len(found)} models hold it, and "
+                f"{self._method.name} merges at least {self._method.min_models}"
+            )
+        return found, sources
+
+    def _tie_hint(self, name: str, sources: list[int], found: list[str | None]) -> str:
+        """Why a missing head could not be taken from the embedding."""
+        if not HEAD_NAMES.search(name) or not name.endswith(".weight"):
+            return ""
+        lacking = next(
+            source for inner, source in zip(found, sources, strict=True) if inner is None
+        )
+        if self._declared_tie(lacking) is False:
+            return (
+                f" ({self._checkpoints[lacking].reference} has no output head although its config "
+                "says tie_word_embeddings: false)"
+            )
+        return f" (no embedding of {self._checkpoints[lacking].reference} can stand in for it)"
+
+    def _common_shape(
+        self,
+        info: TensorInfo,
+        source: int,
+        shape: tuple[int, ...],
+        reference: TensorInfo,
+        lead: int,
+    ) -> tuple[int, ...]:
+        """The rows of a vocabulary tensor that all have; any other difference is refused.
+
+        Where task vectors are taken, models are cut to the base's rows; else all to the fewest.
+        """
+        label = self._checkpoints[source].source.where(info.name)
+        expected = self._checkpoints[lead].source.where(reference.name)
+        vocabulary = EMBEDDING_NAMES.search(info.name) or HEAD_NAMES.search(info.name)
+        fixed = self._method.base == "origin"
+        if not vocabulary or info.shape[1:] != shape[1:] or (fixed and info.shape[0] < shape[0]):
+            hint = (
+                "; align the vocabularies with tokenizer_source: union"
+                if vocabulary and info.shape[1:] == shape[1:]
+                else ""
+            )
+            raise CheckpointError(
+                f"{label}: tensor {info.name!r} has shape {list(info.shape)}, "
+                f"expected {list(shape)} as in {expected}{hint}"
+            )
+        rows = min(info.shape[0], shape[0])
+        self.warnings.append(
+            f"{reference.name}: {self._checkpoints[source].reference} has {info.shape[0]} rows, "
+            f"{self._checkpoints[lead].reference} {reference.shape[0]}; only the first {rows} are "
+            "merged; set tokenizer_source to align the vocabularies"
+        )
+        return (rows, *shape[1:])
+
+    def _check_kind(self, info: TensorInfo, source: int, reference: TensorInfo, lead: int) -> None:
+        if info.dtype.is_float and reference.dtype.is_float:
+            return
+        raise CheckpointError(
+            f"{self._checkpoints[source].source.where(info.name)}: tensor {info.name!r} is "
+            f"{info.dtype.torch_name}, expected {reference.dtype.torch_name} as in "
+            f"{self._checkpoints[lead].source.where(reference.name)}"
+        )
+
+
+def declared_tie(config: Mapping[str, Any]) -> bool | None:
+    """`tie_word_embeddings` of a config or of its language tower; None where it is not stated."""
+    for part in (config, *(value for value in config.values() if isinstance(value, Mapping))):
+        value = part.get("tie_word_embeddings")
+        if isinstance(value, bool):
+            return value
+    return None

@@ -1,0 +1,147 @@
+"""The config.json of an output: the reference model's, made true of what is written."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.source import TensorInfo
+from fusekit.engine.matching import Heads
+from fusekit.engine.units import StackedLayers
+from fusekit.tokenizers.config import config_vocab_size, with_vocab_size
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES
+
+LAYER_KEYS = (
+    "num_hidden_layers",
+    "n_layer",
+    "n_layers",
+    "num_layers",
+    "num_decoder_layers",
+    "encoder_layers",
+    "decoder_layers",
+    "depth",
+)
+"""Keys under which configs count layers."""
+
+_NOT_PER_LAYER = frozenset(
+    {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "mrope_section", "depths"}
+)
+"""Lists that may be as long as there are layers without being about layers."""
+
+
+def output_config(
+    reference: Checkpoint,
+    models: Mapping[str, Checkpoint],
+    *,
+    dtype: str | None,
+    stacks: Sequence[StackedLayers],
+    tensors: Sequence[TensorInfo],
+    heads: Heads,
+) -> dict[str, Any] | None:
+    """The reference's config with the output's dtype, layers, vocabulary and tied weights.
+
+    Args:
+        reference: whose config is carried over.
+        models: all models, for the per-layer settings of layers that come from others.
+        dtype: the output's element type, or None if it is not changed.
+        stacks: the stacks that slices have put together.
+        tensors: the output's tensors.
+        heads: what became of tied output heads.
+    """
+    config = reference.config()
+    if config is None:
+        return None
+    config = copy.deepcopy(config)
+    for stacked in stacks:
+        _set_layers(config, stacked, models)
+    _set_vocabulary(config, reference, tensors)
+    if heads.untied:
+        _set_untied(config)
+    if dtype is not None:
+        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
+    return config
+
+
+def _set_layers(
+    config: dict[str, Any], stacked: StackedLayers, models: Mapping[str, Checkpoint]
+) -> None:
+    """The layer count, and lists with one entry per layer gathered like the layers."""
+    path = _holder(config, stacked)
+    if path is None:
+        return
+    holder = _at(config, path)
+    sources = {model: _at(models[model].config() or {}, path) for model, _ in stacked.origins}
+    for key, value in list(holder.items()):
+        if key in _NOT_PER_LAYER or not isinstance(value, list) or len(value) != stacked.depth:
+            continue
+        gathered = []
+        for model, index in stacked.origins:
+            theirs = sources[model].get(key)
+            same = isinstance(theirs, list) and index < len(theirs)
+            gathered.append(theirs[index] if same else value[index % len(value)])
+        holder[key] = gathered
+    for key in LAYER_KEYS:
+        if holder.get(key) == stacked.depth and _about(key, stacked.stack):
+            holder[key] = len(stacked.origins)
+
+
+def _about(key: str, stack: str) -> bool:
+    """Whether a count of decoder (encoder) layers is about this stack."""
+    if "decoder" in key:
+        return "encoder" not in stack
+    if "encoder" in key or (key == "num_layers" and "decoder" in stack):
+        return "decoder" not in stack
+    return True
+
+
+def _holder(config: Mapping[str, Any], stacked: StackedLayers) -> tuple[str, ...] | None:
+    """The path to the (nested) config that counts the layers of a stack.
+
+    Of several towers as deep as the stack, the one whose name the stack's name resembles.
+    """
+    found: list[tuple[str, ...]] = []
+    for path, part in _parts(config):
+        if any(part.get(key) == stacked.depth and _about(key, stacked.stack) for key in LAYER_KEYS):
+            found.append(path)
+    if not found:
+        return None
+    kin = "vision" if "vis" in stacked.stack else "text"
+    return next((path for path in found if path and kin in path[-1]), found[0])
+
+
+def _parts(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    parts: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
+    for key, value in config.items():
+        if isinstance(value, Mapping) and key.endswith("_config"):
+            parts += [((key, *path), part) for path, part in _parts(value)]
+    return parts
+
+
+def _at(config: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        config = config.get(key, {})
+    return config
+
+
+def _set_vocabulary(
+    config: dict[str, Any], reference: Checkpoint, tensors: Sequence[TensorInfo]
+) -> None:
+    """`vocab_size`, where the embedding's rows have changed."""
+    before = config_vocab_size(config)
+    if before is None:
+        return
+    for info in tensors:
+        if EMBEDDING_NAMES.search(info.name) and info.shape:
+            old = reference.source.tensors.get(info.name)
+            if old is not None and old.shape[0] == before != info.shape[0]:
+                config.update(with_vocab_size(config, info.shape[0]))
+                return
+
+
+def _set_untied(config: dict[str, Any]) -> None:
+    """Say that the head is a matrix of its own, wherever the config speaks of it."""
+    stated = [part for _, part in _parts(config) if "tie_word_embeddings" in part]
+    for part in stated or [config]:
+        part["tie_word_embeddings"] = False  # type: ignore[index]

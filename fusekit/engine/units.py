@@ -1,0 +1,255 @@
+"""Which input tensors make up which output tensor: whole models, stacked slices, modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.layers import Layer, infer_layers, within_block
+from fusekit.engine.operands import Operand, Operands, Section, Slice
+from fusekit.errors import RecipeError, did_you_mean
+from fusekit.tokenizers.embedding import HEAD_NAMES
+
+_BEFORE_LAYERS = re.compile(
+    r"embed|(^|\.)(wte|wpe|shared|conv1|conv2|conv_in|stem|ln_pre|project_in)\."
+    r"|patch|cls_token|class_token|position|pre_la?yr?norm|rotary"
+)
+"""Tensors outside the layers that a model uses before them; all others come after."""
+
+_MODULE_NAMES: Mapping[str, tuple[str, ...]] = {
+    "text_decoder": ("text_decoder", "language_model", "text_model", "decoder"),
+    "text_encoder": ("text_encoder", "text_model", "encoder"),
+    "vision_tower": ("vision_tower", "vision_model", "visual", "vision_encoder"),
+    "vision_encoder": ("vision_encoder", "vision_tower", "vision_model", "visual"),
+    "multi_modal_projector": ("multi_modal_projector", "mm_projector", "connector", "merger"),
+}
+"""Module names that recipes use, and the parts of tensor names that they stand for."""
+
+_MINOR_STACK = 0.1
+"""Stacks with a smaller share of the elements in blocks (a projector's two layers) are no layers
+in the sense of `layer_range`."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Tensors that are matched together: per operand (the base first) output name -> input name.
+
+    `positions` gives the relative depth of each output tensor, or of all of them.
+    """
+
+    part: Slice
+    offered: tuple[Mapping[str, str], ...]
+    positions: Mapping[str, float] | float
+
+    def position(self, name: str) -> float:
+        if isinstance(self.positions, float):
+            return self.positions
+        return self.positions.get(name, 0.0)
+
+
+class Structure:
+    """The blocks of one model."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.names = list(checkpoint.source.tensors)
+
+    @cached_property
+    def layers(self) -> dict[str, Layer | None]:
+        return infer_layers(self.names)
+
+    @cached_property
+    def positions(self) -> dict[str, float]:
+        return {name: layer.position for name, layer in self.layers.items() if layer is not None}
+
+    @cached_property
+    def blocks(self) -> dict[str, list[dict[str, str]]]:
+        """Per stack, its blocks in order: name within the block -> tensor name."""
+        stacks: dict[str, list[dict[str, str]]] = {}
+        for name, layer in self.layers.items():
+            if layer is not None:
+                members = stacks.setdefault(layer.stack, [{} for _ in range(layer.depth)])
+                members[layer.rank][within_block(name, layer)] = name
+        return stacks
+
+    def stack_elements(self, names: Sequence[str]) -> dict[str, int]:
+        """Elements in every stack, counting only the named tensors."""
+        counts: dict[str, int] = {}
+        for name in names:
+            layer = self.layers[name]
+            if layer is not None:
+                size = self.checkpoint.source.tensors[name].size
+                counts[layer.stack] = counts.get(layer.stack, 0) + size
+        return counts
+
+
+@dataclass(frozen=True)
+class StackedLayers:
+    """Where the layers of a stack of the output come from: model and layer, one by one."""
+
+    stack: str
+    origins: tuple[tuple[str, int], ...]
+    depth: int
+    """How many layers the first origin's model has in the stack."""
+
+
+def units(
+    operands: Operands, structures: Mapping[str, Structure]
+) -> tuple[list[Unit], list[StackedLayers]]:
+    """All units of a merge in output order, and the stacks that slices have put together.
+
+    Raises:
+        RecipeError: a layer range beyond a model's layers, several stacks of layers where only one
+            can be meant, a module that no tensor or a tensor that no module belongs to.
+    """
+    made: list[Unit] = []
+    stacks: list[StackedLayers] = []
+    modules = [section.module for section in operands.sections]
+    for section in operands.sections:
+        if section.slices[0].length is None:
+            made.append(_whole(section, modules, structures))
+        else:
+            stacked = _Stacked(section, modules, structures)
+            made.extend(stacked.units())
+            stacks.append(stacked.origins())
+    return made, stacks
+
+
+def _whole(
+    section: Section, modules: Sequence[str | None], structures: Mapping[str, Structure]
+) -> Unit:
+    (part,) = section.slices
+    offered = []
+    for operand in part.operands:
+        names = _members(section.module, modules, structures[operand.model])
+        offered.append(dict(zip(names, names, strict=True)))
+    return Unit(part, tuple(offered), structures[part.operands[0].model].positions)
+
+
+def _members(module: str | None, modules: Sequence[str | None], structure: Structure) -> list[str]:
+    """The tensors of a model that belong to a module; `default` gets what no other does."""
+    if module is None:
+        return structure.names
+    named = {other: _pattern(other) for other in modules if other not in {None, "default"}}
+    if module != "default":
+        found = [name for name in structure.names if named[module].search(name)]
+        if not found:
+            heads = dict.fromkeys(part for name in structure.names for part in name.split(".")[:2])
+            raise RecipeError(
+                f"modules.{module}: no tensor of {structure.checkpoint.reference} has this in its "
+                f"name{did_you_mean(module, heads)}"
+            )
+    else:
+        found = [
+            name
+            for name in structure.names
+            if not any(pattern.search(name) for pattern in named.values())
+        ]
+    if "default" not in modules and module == modules[0]:
+        for name in structure.names:
+            if not any(pattern.search(name) for pattern in named.values()):
+                raise RecipeError(
+                    f"modules: tensor {name!r} of {structure.checkpoint.reference} belongs to none "
+                    "of them; add a module 'default' for all that is left"
+                )
+    return found
+
+
+def _pattern(module: str | None) -> re.Pattern[str]:
+    assert module is not None
+    alternatives = "|".join(map(re.escape, _MODULE_NAMES.get(module, (module,))))
+    return re.compile(rf"(^|[./])({alternatives})[./]")
+
+
+class _Stacked:
+    """One section whose layers are put together from slices."""
+
+    def __init__(
+        self,
+        section: Section,
+        modules: Sequence[str | None],
+        structures: Mapping[str, Structure],
+    ) -> None:
+        self._section = section
+        self._structures = structures
+        self._names = {
+            operand.model: _members(section.module, modules, structures[operand.model])
+            for part in section.slices
+            for operand in part.operands
+        }
+        self._stacks = {model: self._stack(model) for model in self._names}
+
+    def _stack(self, model: str) -> str:
+        """The stack whose layers `layer_range` counts."""
+        counts = self._structures[model].stack_elements(self._names[model])
+        total = sum(counts.values())
+        large = [stack for stack, count in counts.items() if count >= _MINOR_STACK * total]
+        if len(large) != 1:
+            place = f"modules.{self._section.module}." if self._section.module else ""
+            found = f"several stacks of layers ({', '.join(large)})" if large else "no layers"
+            raise RecipeError(
+                f"{place}slices: {model} has {found}, expected one; "
+                "use modules to merge each by itself"
+            )
+        return large[0]
+
+    def units(self) -> Iterator[Unit]:
+        """Tensors before the layers, the layers, tensors after them."""
+        slices = self._section.slices
+        yield self._outside(slices[0], before=True)
+        stack = self._stacks[slices[0].operands[0].model]
+        number = 0
+        for part in slices:
+            blocks = [self._blocks(operand) for operand in part.operands]
+            for rank, block in enumerate(zip(*blocks, strict=True)):
+                prefix = f"{stack}.{number}." if stack else f"{number}."
+                offered = tuple(
+                    {prefix + within: name for within, name in members.items()} for members in block
+                )
+                length = len(blocks[0])
+                yield Unit(part, offered, rank / (length - 1) if length > 1 else 1.0)
+                number += 1
+        yield self._outside(slices[-1], before=False)
+
+    def origins(self) -> StackedLayers:
+        slices = self._section.slices
+        first = slices[0].operands[0].model
+        origins = []
+        for part in slices:
+            operand = part.operands[0]
+            assert operand.layers is not None
+            origins += [(operand.model, index) for index in range(*operand.layers)]
+        stack = self._stacks[first]
+        return StackedLayers(stack, tuple(origins), len(self._structures[first].blocks[stack]))
+
+    def _blocks(self, operand: Operand) -> list[dict[str, str]]:
+        assert operand.layers is not None
+        blocks = self._structures[operand.model].blocks[self._stacks[operand.model]]
+        start, end = operand.layers
+        if end > len(blocks):
+            raise RecipeError(
+                f"{operand.place}: found layer_range [{start}, {end}), but {operand.model} has "
+                f"{len(blocks)} layers"
+            )
+        return blocks[start:end]
+
+    def _outside(self, part: Slice, before: bool) -> Unit:
+        offered = []
+        for operand in part.operands:
+            layers = self._structures[operand.model].layers
+            stack = self._stacks[operand.model]
+            names = [
+                name
+                for name in self._names[operand.model]
+                if ((layer := layers[name]) is None or layer.stack != stack)
+                and _comes_before(name) == before
+            ]
+            offered.append({name: name for name in names})
+        return Unit(part, tuple(offered), 0.0)
+
+
+def _comes_before(name: str) -> bool:
+    return HEAD_NAMES.search(name) is None and _BEFORE_LAYERS.search(name) is not None

@@ -1,0 +1,75 @@
+"""Parameter values of every output tensor, computed once where they are the same everywhere."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fusekit.engine.matching import Matched
+from fusekit.engine.operands import Slice
+from fusekit.methods.base import Method
+from fusekit.recipe.parameters import Lookup
+
+Values = dict[str, Any]
+
+
+@dataclass
+class _SliceLookup:
+    """The lookups of one slice, and its values where they do not depend on the tensor."""
+
+    shared: Lookup
+    models: list[Lookup]
+    places: list[str]
+    constant: bool
+    once: tuple[Values, tuple[Values, ...]] | None = None
+
+
+class ParameterValues:
+    """Looks up parameters from the most to the least specific level.
+
+    Per-model parameters go by the tensor's name in the model: source, slice, module, recipe. All
+    others go by the output's name: slice, module, recipe. The method's default comes last.
+    """
+
+    def __init__(self, method: Method) -> None:
+        self._method = method
+        self._slices: dict[int, _SliceLookup] = {}
+
+    def of(self, matched: Matched) -> tuple[Values, tuple[Values, ...]]:
+        """Values of the global parameters, and those of each model that holds the tensor.
+
+        Raises:
+            RecipeError: a required parameter that no level gives.
+        """
+        lookup = self._slices.get(id(matched.part))
+        if lookup is None:
+            lookup = self._slices[id(matched.part)] = self._lookup(matched.part)
+        complete = len(matched.kept) == len(lookup.models)
+        if lookup.constant and complete and lookup.once is not None:
+            return lookup.once
+        shared = lookup.shared.values(
+            per_model=False,
+            tensor=matched.info.name,
+            position=matched.position,
+            whose="recipe",
+        )
+        each = tuple(
+            lookup.models[i].values(
+                per_model=True, tensor=name, position=matched.position, whose=lookup.places[i]
+            )
+            for i, name in zip(matched.kept, matched.names, strict=True)
+        )
+        if complete:
+            lookup.once = shared, each
+        return shared, each
+
+    def _lookup(self, part: Slice) -> _SliceLookup:
+        shared = Lookup(self._method, part.levels)
+        models = [Lookup(self._method, (operand.own, *part.levels)) for operand in part.models]
+        return _SliceLookup(
+            shared,
+            models,
+            [f"{operand.place} ({operand.model})" for operand in part.models],
+            shared.is_constant(per_model=False)
+            and all(lookup.is_constant(per_model=True) for lookup in models),
+        )
