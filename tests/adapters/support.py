@@ -18,7 +18,8 @@ def load_vectors(slug: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """All tensors of a vector file and its per-case metadata, JSON decoded."""
     with safe_open(VECTORS / f"{slug}.safetensors", "np") as file:
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        cases = {k: json.loads(v) for k, v in file.metadata().items() if k.startswith("case")}
+        about = sorted(file.metadata().items())  # the library keeps no order
+        cases = {k: json.loads(v) for k, v in about if k.startswith("case")}
     return tensors, cases
 
 
