@@ -46,6 +46,7 @@ def drop_above_and_first(row: Array, threshold: Any, budget: int) -> None:
 def variance(rows: Array, out: Array) -> None:
     """Population variance over the rows at every position; exactly 0 where all rows are equal."""
     n, size = rows.shape
+    share = 1.0 / n
     means = np.empty(_CHUNK, np.float64)
     squares = np.empty(_CHUNK, np.float64)
     for start in range(0, size, _CHUNK):
@@ -61,7 +62,7 @@ def variance(rows: Array, out: Array) -> None:
             for i in range(mean.size):
                 mean[i] += np.float64(part[i]) - np.float64(first[i])
         for i in range(mean.size):
-            mean[i] /= n
+            mean[i] *= share
         for r in range(n):
             part = rows[r, start:stop]
             for i in range(mean.size):
@@ -69,7 +70,7 @@ def variance(rows: Array, out: Array) -> None:
                 square[i] += deviation * deviation
         target = out[start:stop]
         for i in range(mean.size):
-            target[i] = square[i] / n
+            target[i] = square[i] * share
 
 
 @njit(nogil=True, cache=True)
