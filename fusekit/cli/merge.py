@@ -25,9 +25,19 @@ def merge(
     out: Annotated[
         Path | None, typer.Argument(help="Folder to create.", show_default=False)
     ] = None,
+    into: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of OUT: a checkpoint made with merge_method opcm to add the models to.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Worker threads; default all processors.")
     ] = None,
+    device: Annotated[
+        str, typer.Option(help="Where whole matrices are merged: cpu, cuda, cuda:1.")
+    ] = "cpu",
     out_shard_size: Annotated[
         str, typer.Option(help="Largest size of a weight file, such as 5GB or 500MB.")
     ] = "5GB",
@@ -52,13 +62,17 @@ def merge(
     if dry_run:
         plan_command.show(recipe, shard_bytes)
         return
-    if out is None:
-        raise typer.BadParameter("OUT is missing: the folder to create (or use --dry-run)")
+    if out is None and into is None:
+        raise typer.BadParameter(
+            "OUT is missing: the folder to create (or use --into or --dry-run)"
+        )
     with _progress() as on_progress:
         report = run(
             recipe,
             out,
+            into=into,
             threads=threads,
+            device=device,
             out_shard_size=shard_bytes,
             resume=resume,
             overwrite=overwrite,

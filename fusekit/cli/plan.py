@@ -57,6 +57,9 @@ def _print_summary(made: Plan) -> None:
     copied = f", {kinds['same']} copied if equal (integer or empty)" if kinds["same"] else ""
     copied += f", {kinds['first']} copied from the first" if kinds["first"] else ""
     print(f"tensors   {kinds['merge']} merged{copied}; granularity {made.granularity}")
+    whole = sum(planned.is_whole for planned in made.tensors)
+    if whole and method is not None:
+        print(f"whole     {whole} merged as whole matrices; others: {method.others}")
     dtypes = Counter(planned.dtype.torch_name for planned in made.tensors)
     print("dtypes    " + ", ".join(f"{count} {name}" for name, count in dtypes.most_common()))
     passes = made.tensors[0].method.passes if made.tensors else "one"

@@ -25,7 +25,7 @@ from fusekit.engine.matrices import execute
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
 from fusekit.engine.planner import plan_checkpoints, plan_recipe
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.methods.base import Granularity
 from fusekit.methods.registry import find
 from fusekit.recipe.schema import Recipe, load_recipe
@@ -62,8 +62,9 @@ class MergeReport:
 
 def merge(
     recipe: Any,
-    out: str | Path,
+    out: str | Path | None = None,
     *,
+    into: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
     out_shard_size: int = DEFAULT_SHARD_BYTES,
@@ -78,6 +79,8 @@ def merge(
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
         out: the folder to create. Until it is complete it is called `<out>.partial`.
+        into: instead of `out`, a checkpoint made by continual merging that the recipe's models are
+            added to.
         threads: worker threads; default all processors. Does not change the result of methods that
             merge in blocks.
         device: where methods that merge whole matrices compute: `cpu`, `cuda`, `cuda:1`.
@@ -99,9 +102,23 @@ def merge(
         >>> import fusekit
         >>> fusekit.merge("recipe.yml", "merged")  # doctest: +SKIP
     """
+    loaded = load_recipe(recipe)
+    if into is not None or find(loaded.merge_method).continual:
+        options = {
+            "threads": threads,
+            "device": device,
+            "out_shard_size": out_shard_size,
+            "resume": resume,
+            "allow_nonfinite": allow_nonfinite,
+            "on_progress": on_progress,
+            "on_compile": on_compile,
+        }
+        return _merge_continually(loaded, out, into, overwrite, options)
+    if out is None:
+        raise FusekitError("out is missing: the folder to create")
     target = Path(out).resolve()
     check_target(target, overwrite)
-    plan = plan_recipe(load_recipe(recipe), out_shard_size)
+    plan = plan_recipe(loaded, out_shard_size)
     with contextlib.closing(plan):
         return run_plan(
             plan,
@@ -113,6 +130,27 @@ def merge(
             on_progress=on_progress,
             on_compile=on_compile,
         )
+
+
+def _merge_continually(
+    recipe: Recipe,
+    out: str | Path | None,
+    into: str | Path | None,
+    overwrite: bool,
+    options: dict[str, Any],
+) -> MergeReport:
+    from fusekit.engine import continual
+
+    if (out is None) == (into is None):
+        raise FusekitError("expected either the folder to create (out) or to add to (into)")
+    if not find(recipe.merge_method).continual:
+        raise RecipeError(
+            f"merge_method: {recipe.merge_method!r} cannot add to a checkpoint, expected 'opcm'"
+        )
+    if into is not None:
+        return continual.extend(recipe, Path(into).resolve(), **options)
+    assert out is not None
+    return continual.merge(recipe, Path(out).resolve(), overwrite=overwrite, **options)
 
 
 def run_plan(
@@ -352,6 +390,11 @@ def merge_state_dicts(
             f"model_parameters: found {len(each)} mappings, expected one for each of the "
             f"{len(models)} models"
         )
+    if find(method).continual and base is not None:
+        from fusekit.engine.continual import merge_arrays
+
+        own = {"threads": threads, "device": device, "allow_nonfinite": allow_nonfinite}
+        return merge_arrays(models, base, parameters or {}, out_dtype=out_dtype, **own)
     labels = ["base" if arrays is base else f"model {i}" for i, arrays in enumerate(models)]
     content: dict[str, Any] = {
         "merge_method": method,

@@ -331,6 +331,8 @@ class Method:
     whole: Callable[[Tensor], bool] | None = None
     """Which tensors `matrix` merges as a whole, with torch; the others follow `rule`."""
     matrix: MatrixRule | None = None
+    continual: bool = False
+    """Whether models are added to a running update that is kept beside the checkpoint."""
     others: str = ""
     """What becomes of tensors that are not merged as a whole, in words."""
     statistic: Callable[[Tensor], str] | None = None

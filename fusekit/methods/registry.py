@@ -30,6 +30,7 @@ _FAMILIES = (
     "singular",
     "least_squares",
     "measured",
+    "continual",
 )
 
 
@@ -47,9 +48,16 @@ def available() -> dict[str, Method]:
     return methods
 
 
+@functools.cache
+def _stages() -> dict[str, Method]:
+    """Steps that the engine takes on the way to a method's result."""
+    stages = importlib.import_module("fusekit.methods.continual").STAGES
+    return {method.name: method for method in stages}
+
+
 def find(name: str) -> Method:
     """The method of that name; `RecipeError` names the nearest one otherwise."""
-    method = available().get(name)
+    method = available().get(name) or _stages().get(name)
     if method is None:
         raise RecipeError(f"unknown merge_method {name!r}{did_you_mean(name, available())}")
     return method

@@ -1,0 +1,148 @@
+"""Continual merging: the same whether models come together, one by one, or after a crash."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from fusekit import merge, merge_state_dicts, verify  # noqa: E402
+from fusekit.engine import continual  # noqa: E402
+from fusekit.errors import FusekitError, RecipeError  # noqa: E402
+from tests.vectors import Case, StateDict, assert_close, read_case  # noqa: E402
+
+
+@pytest.mark.parametrize("name", ["case0", "case1", "case2"])
+def test_opcm_in_memory(name: str) -> None:
+    case = read_case("opcm", name)
+    options = {key: case.about[key] for key in ("alpha", "zero_diagonal")}
+    merged = merge_state_dicts(case.models, base=case.base, method="opcm", parameters=options)
+    assert_close(merged, case.merged, 1e-6, 1e-5)
+
+
+def folders(case: Case, root: Path) -> list[str]:
+    paths = []
+    for label, arrays in zip(
+        ["base", *(f"model{i}" for i in range(len(case.models)))],
+        [case.base, *case.models],
+        strict=True,
+    ):
+        (root / label).mkdir(parents=True)
+        save_file(arrays, root / label / "model.safetensors")
+        paths.append(str(root / label))
+    return paths
+
+
+def recipe(base: str, models: list[str]) -> dict[str, Any]:
+    return {
+        "merge_method": "opcm",
+        "base_model": base,
+        "models": [{"model": model} for model in models],
+    }
+
+
+def weights(folder: Path) -> StateDict:
+    loaded: StateDict = load_file(folder / "model.safetensors")
+    return loaded
+
+
+def distance(merged: StateDict, base: StateDict) -> float:
+    return float(sum(((merged[k].astype("f8") - base[k]) ** 2).sum() for k in base) ** 0.5)
+
+
+def test_models_added_one_by_one_give_the_published_result(tmp_path: Path) -> None:
+    case = read_case("opcm", "case1")
+    base, *models = folders(case, tmp_path)
+    out = tmp_path / "merged"
+    merge(recipe(base, models[:1]), out)
+    norms = case.tensors["out"]["merged_norm_per_step"]
+    assert case.base is not None
+    for step, model in enumerate(models[1:], start=1):
+        merge(recipe(base, [model]), into=out)
+        assert distance(weights(out), case.base) == pytest.approx(float(norms[step]), rel=1e-5)
+    assert_close(weights(out), case.merged, 1e-6, 1e-5)
+    assert continual.read_history(out).models == tuple(models)
+    content = json.loads((out / "manifest.json").read_text())
+    assert json.loads(content["recipe"]["parameters"]["history"])["count"] == 4
+    assert verify(out).ok
+    together = tmp_path / "together"
+    merge(recipe(base, models), together)
+    assert_close(weights(together), weights(out), 1e-6)
+
+
+def test_a_run_that_died_between_update_and_checkpoint_is_finished(tmp_path: Path) -> None:
+    case = read_case("opcm", "case1")
+    base, *models = folders(case, tmp_path)
+    out, state = tmp_path / "merged", tmp_path / "merged.continual"
+    merge(recipe(base, models[:2]), out)
+    shutil.copytree(out, tmp_path / "before")
+    merge(recipe(base, models[2:3]), into=out)
+    expected = weights(out)
+    shutil.rmtree(out)
+    (tmp_path / "before").rename(out)
+    assert len(continual.read_history(state).models) == 3
+    with pytest.raises(FusekitError, match=r"already holds .*model2.*which .* does not yet"):
+        merge(recipe(base, models[3:]), into=out)
+    merge(recipe(base, models[2:3]), into=out)
+    assert_close(weights(out), expected, 0.0)
+    merge(recipe(base, models[3:]), into=out)
+    assert_close(weights(out), case.merged, 1e-6, 1e-5)
+
+
+def test_norm_of_the_update_is_the_mean_of_the_task_vectors(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    base, *models = [
+        {"w": rng.normal(size=(40, 30)).astype("f4"), "b": rng.normal(size=30).astype("f4")}
+        for _ in range(4)
+    ]
+    merged = merge_state_dicts(models, base=base, method="opcm")
+    mean = np.mean([distance(model, base) for model in models])
+    assert distance(merged, base) == pytest.approx(float(mean), rel=1e-6)
+
+
+def test_models_equal_to_the_base_give_the_base() -> None:
+    base = {"w": np.random.default_rng(1).normal(size=(5, 4)).astype("f4")}
+    merged = merge_state_dicts([base.copy(), base.copy()], base=base, method="opcm")
+    assert_close(merged, base, 0.0)
+
+
+def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
+    case = read_case("opcm", "case0")
+    base, *models = folders(case, tmp_path)
+    out = tmp_path / "merged"
+    with pytest.raises(FusekitError, match="not made by continual merging"):
+        merge(recipe(base, models), into=out)
+    merge(recipe(base, models[:1]), out)
+    with pytest.raises(RecipeError, match=r"base_model: found .*model1.* was merged on .*base"):
+        merge(recipe(models[1], models[1:]), into=out)
+    with pytest.raises(RecipeError, match="'linear' cannot add to a checkpoint"):
+        merge({**recipe(base, models), "merge_method": "linear"}, into=out)
+    with pytest.raises(FusekitError, match="either the folder to create"):
+        merge(recipe(base, models), out, into=out)
+    with pytest.raises(FusekitError, match="already exists"):
+        merge(recipe(base, models), out)
+
+
+def test_command_line_adds_into_a_checkpoint(tmp_path: Path) -> None:
+    case = read_case("opcm", "case0")
+    base, *models = folders(case, tmp_path)
+    out, text = tmp_path / "merged", tmp_path / "recipe.yml"
+    merge(recipe(base, models[:1]), out)
+    text.write_text(json.dumps(recipe(base, models[1:])))
+    command = [sys.executable, "-m", "fusekit", "merge", str(text), "--into", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert_close(weights(out), case.merged, 1e-6, 1e-5)
+    command[3:] = ["plan", str(text)]
+    planned = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "merged as whole matrices; others: sum of the task vectors" in planned
