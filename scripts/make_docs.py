@@ -1,4 +1,4 @@
-"""Write the documentation's page of every merging method from the registry.
+"""Write the pages of every merging method and of the command line from the code.
 
 Every page ends with the method's recipe from `examples/recipes/methods`, which runs on the embedded
 digit experts; a method that has none yet gets a minimal one.
@@ -11,14 +11,18 @@ from __future__ import annotations
 
 import argparse
 import functools
+import inspect
 import re
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import typer
 import yaml
 
+from fusekit.cli import app
 from fusekit.cli.methods import describe_base, describe_count
 from fusekit.evaluate import digits
 from fusekit.methods import Method, Parameter, available
@@ -27,13 +31,28 @@ from fusekit.recipe.schema import Recipe
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "methods"
 RECIPES = ROOT / "examples" / "recipes" / "methods"
+COMMANDS = ROOT / "docs" / "cli.md"
 NOTE = "<!-- Written by scripts/make_docs.py from the method's description and recipe. -->"
+COMMANDS_NOTE = "<!-- Written by scripts/make_docs.py from the commands' help. -->"
+COMMANDS_INTRODUCTION = """
+# Command line
+
+Every command explains itself with `--help`. Results go to standard output, progress and warnings to
+standard error.
+
+| exit status | meaning |
+|---|---|
+| 0 | done |
+| 1 | `verify` found a difference; `inspect` found what makes a merge meaningless |
+| 2 | refused: one sentence on standard error |
+| 130 | interrupted; `fusekit merge` continues when run again |
+"""
 
 
 def pages() -> dict[Path, str]:
-    """Path and text of every generated page, `index.md` first."""
+    """Path and text of every generated page."""
     methods = available().values()
-    found = {PAGES / "index.md": index_page(list(methods))}
+    found = {COMMANDS: commands_page(), PAGES / "index.md": index_page(list(methods))}
     for method in methods:
         found[PAGES / f"{method.name}.md"] = method_page(method, example_recipe(method))
     return found
@@ -131,6 +150,54 @@ def method_page(method: Method, recipe: str) -> str:
     ]
     lines += [f"- {reference}" for reference in method.references]
     return "\n".join([*lines, ""])
+
+
+def commands_page() -> str:
+    """All commands with their arguments and options."""
+    group = typer.main.get_command(app)
+    sections = [COMMANDS_NOTE, COMMANDS_INTRODUCTION.rstrip(), *_commands(group, "fusekit")]
+    return "\n".join(sections) + "\n"
+
+
+def _commands(group: Any, prefix: str) -> Iterator[str]:
+    for name, command in group.commands.items():
+        path = f"{prefix} {name}"
+        if hasattr(command, "commands"):
+            yield from _commands(command, path)
+            continue
+        arguments = [p for p in command.params if p.param_type_name == "argument"]
+        options = [p for p in command.params if p.param_type_name == "option" and p.name != "help"]
+        usage = " ".join([path, *(["[OPTIONS]"] if options else []), *map(_usage, arguments)])
+        yield f"\n## {path.removeprefix('fusekit ')}\n\n```console\n$ {usage}\n```\n"
+        yield inspect.cleandoc(command.help)
+        if arguments or options:
+            yield "\n| | | default |\n|---|---|---|"
+        for parameter in [*arguments, *options]:
+            yield _option_row(parameter)
+
+
+def _usage(argument: Any) -> str:
+    name = argument.name.upper() + ("..." if argument.nargs == -1 else "")
+    return name if argument.required else f"[{name}]"
+
+
+def _option_row(parameter: Any) -> str:
+    if parameter.param_type_name == "argument":
+        names = f"`{parameter.name.upper()}`"
+    else:
+        names = ", ".join(f"`{name}`" for name in (*parameter.opts, *parameter.secondary_opts))
+    choices = getattr(parameter.type, "choices", None)
+    text = _cell(parameter.help or "")
+    if choices:
+        text += " One of " + ", ".join(f"`{shown(str(choice))}`" for choice in choices) + "."
+    default = parameter.default
+    if parameter.required:
+        given = "required"
+    elif default is None or isinstance(default, bool) or callable(default) or default == ():
+        given = ""
+    else:
+        given = f"`{getattr(default, 'value', default)}`"
+    return f"| {names} | {text} | {given} |"
 
 
 def _special_needs(method: Method) -> list[str]:
@@ -254,7 +321,9 @@ def write() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write docs/methods from the registry.")
+    parser = argparse.ArgumentParser(
+        description="Write docs/methods and docs/cli.md from the code."
+    )
     parser.add_argument("--check", action="store_true", help="change nothing, report old pages")
     if not parser.parse_args().check:
         write()

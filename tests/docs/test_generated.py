@@ -29,6 +29,7 @@ def test_a_changed_description_makes_its_page_outdated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(make_docs, "PAGES", tmp_path)
+    monkeypatch.setattr(make_docs, "COMMANDS", tmp_path / "cli.md")
     for path, text in make_docs.pages().items():
         path.write_text(text, encoding="utf-8")
     assert make_docs.outdated() == []
