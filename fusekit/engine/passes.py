@@ -36,8 +36,11 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DIRECT_ELEMENTS = 1 << 17
 """Up to this many values an order statistic is selected from the values themselves."""
 
-SAMPLE_PIECES, PIECE_ELEMENTS = 32, 2048
+FEWEST_PIECES, MOST_PIECES, PIECE_ELEMENTS = 32, 1024, 2048
 """How a first guess of an order statistic is sampled: evenly spaced short runs."""
+
+ELEMENTS_PER_PIECE = 1 << 19
+"""Large groups are sampled by more runs (0.4 percent), so that one count usually settles them."""
 
 MAX_BINS = 1 << 20
 
@@ -184,7 +187,8 @@ class _Target:
 
     @property
     def bins(self) -> int:
-        return ((self.high - self.low) >> self.shift) + 1
+        """Counters; the largest value is tracked instead of bracketed and needs only one."""
+        return 1 if self.rank == 1 else ((self.high - self.low) >> self.shift) + 1
 
     def narrow(self, low: int, high: int) -> None:
         """Look between two keys, in as few keys per bin as the bins allow."""
@@ -305,8 +309,9 @@ class _Order(Accumulator):
         """Evenly spaced whole runs over all members, each starting on a granule."""
         pieces = []
         member = 0
-        for piece in range(SAMPLE_PIECES):
-            position = self._size * piece // SAMPLE_PIECES
+        count = min(max(self._size // ELEMENTS_PER_PIECE, FEWEST_PIECES), MOST_PIECES)
+        for piece in range(count):
+            position = self._size * piece // count
             while position >= self._offsets[member + 1]:
                 member += 1
             planned, summary = self.members[member]
@@ -318,11 +323,15 @@ class _Order(Accumulator):
         return list(dict.fromkeys(pieces))
 
     def _bracket(self) -> None:
-        """Keys between which a rank probably lies: four standard errors and 0.2 percent."""
+        """Keys between which a rank probably lies: four standard errors of independent values.
+
+        Values of one run are alike, so part of the error shrinks with the number of runs only.
+        """
         taken = self._collected.shape[1]
+        errors = 4.0 / taken**0.5 + 0.004 * (FEWEST_PIECES / len(self._pieces)) ** 0.5
         for target in self._targets:
             share = (self._size - target.rank) / self._size
-            margin = 4.0 * (share * (1.0 - share) / taken) ** 0.5 + 0.002
+            margin = errors * (share * (1.0 - share)) ** 0.5 + 2.0 / taken
             first = max(0, int((share - margin) * taken))
             last = min(taken - 1, int((share + margin) * taken) + 1)
             keys = np.partition(self._collected[target.row], (first, last))
@@ -349,6 +358,12 @@ class _Order(Accumulator):
     def _count(self, keys: Array, bins: list[Array], above: list[int]) -> None:
         open_targets = [target for target in self._targets if target.found is None]
         for i, target in enumerate(open_targets):
+            if target.rank == 1:
+                largest = keys[target.row].max()
+                if largest >= above[i]:
+                    equal = int(np.count_nonzero(keys[target.row] == largest))
+                    _add_largest(above, bins, i, int(largest), equal)
+                continue
             above[i] += order.count_bracket(
                 keys[target.row],
                 self._key.type(target.low),
@@ -361,12 +376,18 @@ class _Order(Accumulator):
         """Find each rank's bin; settle it where a bin is a single key, else look closer."""
         states, self._idle = self._idle, []
         (bins, above), *others = states
+        open_targets = [target for target in self._targets if target.found is None]
         for more_bins, more_above in others:
             for i, counts in enumerate(more_bins):
+                if open_targets[i].rank == 1:
+                    _add_largest(above, bins, i, more_above[i], int(counts[0]))
+                    continue
                 bins[i] += counts
                 above[i] += more_above[i]
-        open_targets = [target for target in self._targets if target.found is None]
         for target, counts, over in zip(open_targets, bins, above, strict=True):
+            if target.rank == 1:
+                target.found = OrderValue(self._value(over), 0, int(counts[0]))
+                continue
             if target.rank <= over:
                 target.narrow(target.high + 1, self._top)
                 continue
@@ -379,3 +400,13 @@ class _Order(Accumulator):
                 target.narrow(low, min(low + (1 << target.shift) - 1, target.high))
                 continue
             target.found = OrderValue(self._value(low), over + greater, int(counts[chosen]))
+
+
+def _add_largest(
+    above: list[int], bins: list[Array], target: int, largest: int, equal: int
+) -> None:
+    """Take in a part's largest key: `above` keeps the largest, its bin how often it occurs."""
+    if largest > above[target]:
+        above[target], bins[target][0] = largest, equal
+    elif largest == above[target]:
+        bins[target][0] += equal

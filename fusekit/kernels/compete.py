@@ -47,10 +47,16 @@ def tangent(x: Array, work: Array, powers: Array) -> None:
     one, two = kind(1.0), kind(2.0)
     c3, c5, c7, c9 = kind(-1 / 3), kind(2 / 15), kind(-17 / 315), kind(62 / 2835)
     small = kind(0.25)
-    large = 0
+    tiny = kind(0.02)
+    large, medium = 0, 0
     for i in range(x.size):
         large += abs(x[i]) > small
-    if large:
+        medium += abs(x[i]) > tiny
+    if medium == 0:
+        for i in range(x.size):
+            v = x[i]
+            x[i] = v * (one + v * v * c3)
+    elif large:
         for i in range(x.size):
             work[i] = -two * abs(x[i])
         exponential(work, powers)

@@ -128,8 +128,9 @@ METHODS = (
             "or 1/32 (float32) of a model per task."
         ),
         caveats=(
-            "Not one model for all tasks: the unified model alone is no good merge, and comparing "
-            "reconstructed experts with static merges is unfair because they are told the task. "
+            "Not one model for all tasks: the unified model is the carrier (no better than tuned "
+            "task arithmetic by itself), and comparing reconstructed experts with static merges is "
+            "unfair because they are told the task. "
             "Heads and batch-norm statistics that differ by task should be kept per task. Experts "
             "whose updates differ much in size suffer. Reconstruction reads the base again."
         ),
