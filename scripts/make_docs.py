@@ -253,7 +253,9 @@ def _base_word(method: Method) -> str:
 
 def mark(text: str) -> str:
     """Names that cannot be words (`mask_rate`, `granularity: layer`) as code."""
-    return re.sub(r"(?<![`\w])(?:[a-z]+_[a-z0-9_]+|[a-z0-9_]+: [a-z0-9_.]+)(?![`\w])", _coded, text)
+    return re.sub(
+        r"(?<![`\w])(?:[a-z]\w*: [a-z0-9_.]*[a-z0-9_]|[a-z]+_[a-z0-9_]+)(?![`\w])", _coded, text
+    )
 
 
 def _coded(found: re.Match[str]) -> str:
