@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fusekit import __version__
-from fusekit.cli import adapter, demo, inspect, merge, methods, plan, reconstruct, verify
+from fusekit.cli import adapter, demo, inspect, merge, methods, plan, reconstruct, tokens, verify
 from fusekit.errors import FusekitError
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.command("reconstruct")(reconstruct.reconstruct)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(tokens.app, name="tokens")
 
 
 def _print_version(wanted: bool) -> None:

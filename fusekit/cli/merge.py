@@ -53,6 +53,9 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf through, with a warning.")
     ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read hub models where they are, without storing them.")
+    ] = False,
 ) -> None:
     """Merge models as RECIPE says into the folder OUT."""
     from fusekit.checkpoint.layout import parse_size
@@ -60,7 +63,7 @@ def merge(
 
     shard_bytes = parse_size(out_shard_size)
     if dry_run:
-        plan_command.show(recipe, shard_bytes)
+        plan_command.show(recipe, shard_bytes, stream=stream)
         return
     if out is None and into is None:
         raise typer.BadParameter(
@@ -79,6 +82,7 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             on_progress=on_progress,
             on_compile=_say_compiling,
+            stream=stream,
         )
     _print_report(report)
 
@@ -143,6 +147,8 @@ def _print_report(report: MergeReport) -> None:
         f"{report.seconds:.1f} s, {report.cpu_seconds:.1f} s CPU, "
         f"peak memory {size(report.peak_rss)}"
     )
+    for warning in report.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for found in report.nonfinite:

@@ -22,22 +22,38 @@ def plan(
     tensors: Annotated[
         bool, typer.Option("--tensors", help="List every tensor with its method and parameters.")
     ] = False,
+    explain: Annotated[
+        bool,
+        typer.Option("--explain", help="Show every parameter over the layers, and its values."),
+    ] = False,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Look at hub models without downloading them.")
+    ] = False,
 ) -> None:
     """Print what merging RECIPE would read, hold in memory and write."""
     from fusekit.checkpoint.layout import parse_size
 
-    show(recipe, parse_size(out_shard_size), tensors)
+    show(recipe, parse_size(out_shard_size), tensors, explain=explain, stream=stream)
 
 
-def show(recipe: Path, shard_bytes: int, tensors: bool = False) -> None:
+def show(
+    recipe: Path,
+    shard_bytes: int,
+    tensors: bool = False,
+    *,
+    explain: bool = False,
+    stream: bool = False,
+) -> None:
     """Plan a recipe and print the plan."""
     from fusekit.engine.executor import available_cpus, memory_estimate
     from fusekit.engine.planner import plan as make_plan
 
-    made = make_plan(recipe, out_shard_size=shard_bytes)
+    made = make_plan(recipe, out_shard_size=shard_bytes, stream=stream)
     try:
         _print_summary(made)
         print(f"memory    about {size(memory_estimate(made, available_cpus()))} of buffers")
+        if explain:
+            _print_explanation(made)
         if tensors:
             _print_tensors(made)
     finally:
@@ -66,6 +82,16 @@ def _print_summary(made: Plan) -> None:
     print(f"read      {size(made.input_bytes)}; passes over it: {passes}")
     shards = len(made.layout.shards)
     print(f"write     {size(made.output_bytes)} in {shards} file{'s' * (shards > 1)}")
+
+
+def _print_explanation(made: Plan) -> None:
+    from fusekit.engine.explain import explain
+
+    for curve in explain(made):
+        print(f"\n{curve.parameter}  {curve.models}".rstrip())
+        for row in curve.rows:
+            bars = f"{row.bars}  " if row.bars else ""
+            print(f"  {bars}{row.text}  {row.tensors}")
 
 
 def _print_tensors(made: Plan) -> None:

@@ -36,10 +36,7 @@ def manifest(
         "format": FORMAT,
         "fusekit": __version__,
         "recipe": dict(plan.recipe),
-        "inputs": [
-            {"reference": checkpoint.reference, **checkpoint.source.identity()}
-            for checkpoint in plan.checkpoints
-        ],
+        "inputs": input_identities(plan),
         "checksum": ALGORITHM,
         "tensors": {
             planned.name: {
@@ -62,6 +59,14 @@ def manifest(
             for info in side.tensors.values()
         }
     return content
+
+
+def input_identities(plan: Plan) -> list[dict[str, Any]]:
+    """What pins every input: as the recipe names it, and where and what it was."""
+    return [
+        {"reference": checkpoint.reference, **checkpoint.source.identity()}
+        for checkpoint in plan.checkpoints
+    ]
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ _NOT_PER_LAYER = frozenset(
 
 
 def output_config(
+    config: Mapping[str, Any] | None,
     reference: Checkpoint,
     models: Mapping[str, Checkpoint],
     *,
@@ -43,25 +44,25 @@ def output_config(
     """The reference's config with the output's dtype, layers, vocabulary and tied weights.
 
     Args:
-        reference: whose config is carried over.
+        config: the reference's config, with token ids and sizes of the output's vocabulary.
+        reference: the model whose config is carried over.
         models: all models, for the per-layer settings of layers that come from others.
         dtype: the output's element type, or None if it is not changed.
         stacks: the stacks that slices have put together.
         tensors: the output's tensors.
         heads: what became of tied output heads.
     """
-    config = reference.config()
     if config is None:
         return None
-    config = copy.deepcopy(config)
+    updated = copy.deepcopy(dict(config))
     for stacked in stacks:
-        _set_layers(config, stacked, models)
-    _set_vocabulary(config, reference, tensors)
+        _set_layers(updated, stacked, models)
+    _set_vocabulary(updated, reference, tensors)
     if heads.untied:
-        _set_untied(config)
+        _set_untied(updated)
     if dtype is not None:
-        config["torch_dtype" if "torch_dtype" in config else "dtype"] = dtype
-    return config
+        updated["torch_dtype" if "torch_dtype" in updated else "dtype"] = dtype
+    return updated
 
 
 def _set_layers(

@@ -12,13 +12,16 @@ from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.source import TensorInfo
+from fusekit.engine.chat_template import with_chat_template
 from fusekit.engine.matching import Matched, Matcher
 from fusekit.engine.operands import Operands, choose_operands
 from fusekit.engine.output_config import output_config
 from fusekit.engine.plan import Kind, Plan, PlannedTensor
+from fusekit.engine.stages import planned_checkpoint
 from fusekit.engine.tasks import side_file
 from fusekit.engine.units import Structure, units
 from fusekit.engine.values import ParameterValues
+from fusekit.engine.vocabulary import common_vocabulary
 from fusekit.errors import RecipeError
 from fusekit.methods.base import Granularity, Method, Tensor
 from fusekit.methods.lines import scale_layers, schedule
@@ -29,17 +32,38 @@ Masks = Sequence[Mapping[str, Any] | None]
 """Per model, explicit keep masks by tensor name (flat arrays of 0 and 1)."""
 
 
-def plan_recipe(recipe: Recipe, shard_bytes: int = DEFAULT_SHARD_BYTES) -> Plan:
+def plan_recipe(
+    recipe: Recipe,
+    shard_bytes: int = DEFAULT_SHARD_BYTES,
+    *,
+    stream: bool = False,
+    stages: Mapping[str, Checkpoint] | None = None,
+) -> Plan:
     """Open the recipe's models and plan the merge. Reads headers only.
+
+    Args:
+        recipe: what to merge.
+        shard_bytes: largest size of a weight file.
+        stream: read models of the hub by byte range, without storing them.
+        stages: results of the other documents of a file, by name; planned here if not given.
 
     Raises:
         RecipeError, CheckpointError: anything that would make the merge fail.
     """
     method = find(recipe.merge_method)
     operands = choose_operands(recipe, method)
+    named = dict(stages or {})
+    for stage in recipe.stages:
+        if stage.name is not None and stage.name not in named:
+            made = plan_recipe(stage, shard_bytes, stream=stream, stages=named)
+            named[stage.name] = planned_checkpoint(stage.name, made)
+            made.close()
     opened: list[Checkpoint] = []
     try:
-        opened.extend(open_checkpoint(model, recipe.folder) for model in operands.models())
+        opened.extend(
+            open_checkpoint(model, recipe.folder, stream=stream, named=named)
+            for model in operands.models()
+        )
         return plan_checkpoints(recipe, method, operands, opened, shard_bytes)
     except BaseException:
         for checkpoint in opened:
@@ -56,7 +80,8 @@ def plan_checkpoints(
     masks: Masks = (),
 ) -> Plan:
     """Plan a merge of models that are already open."""
-    opened = list(checkpoints)
+    vocabulary = common_vocabulary(recipe, operands, checkpoints)
+    opened = list(vocabulary.checkpoints)
     structures = {checkpoint.reference: Structure(checkpoint) for checkpoint in opened}
     wanted, stacks = units(operands, structures)
     matcher = Matcher(opened, method, recipe.missing)
@@ -103,6 +128,7 @@ def plan_checkpoints(
         recipe=recipe.model_dump(mode="json", exclude_defaults=True),
         config_from=reference,
         config=output_config(
+            vocabulary.config,
             opened[reference],
             {checkpoint.reference: checkpoint for checkpoint in opened},
             dtype=recipe.out_dtype or recipe.dtype,
@@ -110,7 +136,10 @@ def plan_checkpoints(
             tensors=[tensor.info for tensor in matched],
             heads=matcher.heads,
         ),
-        warnings=tuple(dict.fromkeys([*operands.notes, *matcher.notes()])),
+        files=vocabulary.files
+        if recipe.chat_template is None
+        else with_chat_template(recipe.chat_template, opened, opened[reference], vocabulary.files),
+        warnings=tuple(dict.fromkeys([*operands.notes, *vocabulary.notes, *matcher.notes()])),
     )
 
 
@@ -203,12 +232,13 @@ def _output_dtype(recipe: Recipe, info: TensorInfo) -> DType:
     return dtype_named(wanted) if wanted else info.dtype
 
 
-def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES) -> Plan:
+def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES, stream: bool = False) -> Plan:
     """What a merge would do, from headers alone: `Plan.tensors`, `.layout`, bytes, memory.
 
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
         out_shard_size: largest size of a weight file in bytes.
+        stream: look at models of the hub where they are, without downloading them.
 
     Raises:
         RecipeError, CheckpointError: anything that would make the merge fail.
@@ -217,4 +247,4 @@ def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES) -> Plan:
         >>> import fusekit
         >>> fusekit.plan("recipe.yml").output_bytes  # doctest: +SKIP
     """
-    return plan_recipe(load_recipe(recipe), out_shard_size)
+    return plan_recipe(load_recipe(recipe), out_shard_size, stream=stream)

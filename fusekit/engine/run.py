@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import resource
 import time
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
 from fusekit.checkpoint.safetensors import SafetensorsFile
@@ -25,6 +26,7 @@ from fusekit.engine.matrices import execute
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
 from fusekit.engine.planner import plan_checkpoints, plan_recipe
+from fusekit.engine.stages import is_made, stages_folder
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.methods.base import Granularity
 from fusekit.methods.registry import find
@@ -73,8 +75,11 @@ def merge(
     allow_nonfinite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_compile: Callable[[], None] | None = None,
+    stream: bool = False,
 ) -> MergeReport:
     """Merge models into a new checkpoint folder.
+
+    Results that other documents of the recipe are made from go to `<out>.stages` and are kept.
 
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
@@ -90,6 +95,7 @@ def merge(
         allow_nonfinite: let NaN and Inf through and report them, instead of refusing them.
         on_progress: called a few times a second from the calling thread.
         on_compile: called once if kernels must be compiled, which only the first use needs.
+        stream: read models of the hub by byte range, without storing them.
 
     Returns:
         What was read, written and found.
@@ -118,18 +124,37 @@ def merge(
         raise FusekitError("out is missing: the folder to create")
     target = Path(out).resolve()
     check_target(target, overwrite)
-    plan = plan_recipe(loaded, out_shard_size)
-    with contextlib.closing(plan):
-        return run_plan(
-            plan,
-            target,
-            threads=threads,
-            device=device,
-            resume=resume,
-            allow_nonfinite=allow_nonfinite,
-            on_progress=on_progress,
-            on_compile=on_compile,
-        )
+    run = functools.partial(
+        run_plan,
+        threads=threads,
+        device=device,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
+        on_progress=on_progress,
+        on_compile=on_compile,
+    )
+    planned = functools.partial(plan_recipe, shard_bytes=out_shard_size, stream=stream)
+    stages = _make_stages(loaded, stages_folder(target), planned, run) if loaded.stages else {}
+    with contextlib.closing(planned(loaded, stages=stages)) as plan:
+        return run(plan, target)
+
+
+def _make_stages(
+    recipe: Recipe,
+    folder: Path,
+    planned: Callable[..., Plan],
+    run: Callable[[Plan, Path], MergeReport],
+) -> dict[str, Checkpoint]:
+    """The results that a recipe's other documents ask for, by name; those that exist are reused."""
+    planned(recipe).close()  # nothing is made before everything is known to work
+    made: dict[str, Checkpoint] = {}
+    for stage in recipe.stages:
+        assert stage.name is not None
+        with contextlib.closing(planned(stage, stages=made)) as plan:
+            if not is_made(folder / stage.name, plan):
+                run(plan, folder / stage.name)
+        made[stage.name] = open_checkpoint(str(folder / stage.name))
+    return made
 
 
 def _merge_continually(

@@ -22,6 +22,7 @@ from pydantic import (
 from fusekit.checkpoint.dtypes import DTYPES, dtype_named
 from fusekit.checkpoint.references import parse_reference, reference_text
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
+from fusekit.recipe.chat_templates import check_chat_template
 from fusekit.recipe.documents import making_order, read_documents
 
 _FLOATS = [dtype.torch_name for dtype in DTYPES.values() if dtype.is_float]
@@ -183,6 +184,13 @@ class Recipe(_Strict):
         if self.tokenizer is not None and self.tokenizer_source is not None:
             raise ValueError("tokenizer: found beside tokenizer_source, expected only one of them")
         return self
+
+    @field_validator("chat_template")
+    @classmethod
+    def _known_template(cls, value: str | None) -> str | None:
+        if value is not None:
+            check_chat_template(value)
+        return value
 
     def references(self) -> list[str]:
         """Every model the recipe draws on, the base first, else in the order written."""

@@ -47,6 +47,28 @@ def test_recipes_reproduce_the_reference(case: str, tmp_path: Path) -> None:
     assert {key: config[key] for key in wanted} == wanted
 
 
+def test_a_union_of_vocabularies_reproduces_the_reference_token_by_token(tmp_path: Path) -> None:
+    case, out = CASES / "p1_tokenizer_union_public", tmp_path / "out"
+    fusekit.merge(case / "config.yml", out, threads=2)
+    theirs: dict[str, int] = json.loads((case / "expected_vocab.json").read_text())
+    tokenizer = json.loads((out / "tokenizer.json").read_text())
+    ours = dict(tokenizer["model"]["vocab"])
+    ours |= {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
+    assert set(ours) == set(theirs)
+    found, expected = tensors_of(out), load_file(case / "expected.safetensors")
+    assert set(found) == set(expected)
+    rows = [[ours[token], theirs[token]] for token in theirs]
+    mine, reference = np.array(rows).T
+    for name, values in expected.items():
+        merged = found[name]
+        assert merged.shape == values.shape, name
+        if name in {"model.embed_tokens.weight", "lm_head.weight"}:
+            merged, values = merged[mine], values[reference]
+        np.testing.assert_allclose(merged, values, rtol=0, atol=2e-6, err_msg=name)
+    config = config_of(out / "config.json")
+    assert config["vocab_size"] == config_of(case / "expected_config.json")["vocab_size"]
+
+
 # -- which tensors, which parameters --------------------------------------------------------------
 
 

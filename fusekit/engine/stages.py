@@ -1,0 +1,55 @@
+"""Documents that feed others: results that are models of a recipe, planned first, then made."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.source import TensorInfo, TensorSource
+from fusekit.engine.manifest import MANIFEST, input_identities
+from fusekit.engine.plan import Plan
+from fusekit.errors import CheckpointError
+
+
+class PlannedSource(TensorSource):
+    """The tensors that a plan will make: names, types and shapes, but no elements yet."""
+
+    def __init__(self, label: str, plan: Plan) -> None:
+        self.label = label
+        self._tensors = {
+            planned.name: TensorInfo(planned.name, planned.dtype, planned.shape)
+            for planned in plan.tensors
+        }
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        return self._tensors
+
+    def read_into(self, name: str, start: int, stop: int, out: memoryview) -> None:
+        raise CheckpointError(f"{self.label}: tensor {name!r} is planned and not made yet")
+
+
+def planned_checkpoint(name: str, plan: Plan) -> Checkpoint:
+    """A stage before it is made, with the files of the model its config comes from."""
+    origin = None if plan.config_from is None else plan.checkpoints[plan.config_from]
+    folder = None if origin is None else origin.folder
+    temporary = None if origin is None else origin.temporary
+    return Checkpoint(name, PlannedSource(name, plan), folder, temporary)
+
+
+def stages_folder(out: Path) -> Path:
+    """Where the results that others are made from lie; they are kept for the next run."""
+    return out.with_name(out.name + ".stages")
+
+
+def is_made(folder: Path, plan: Plan) -> bool:
+    """Whether a folder holds the finished result of this very plan."""
+    try:
+        content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    expected = json.loads(json.dumps([dict(plan.recipe), input_identities(plan)]))
+    return bool([content.get("recipe"), content.get("inputs")] == expected)
