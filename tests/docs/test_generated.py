@@ -86,16 +86,18 @@ def test_python_blocks_compile(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=label)
-def test_recipes_in_the_text_can_be_planned(page: Path) -> None:
+def test_recipes_in_the_text_can_be_planned(page: Path, tmp_path: Path) -> None:
     for text in blocks(page, "yaml"):
-        for document in yaml.safe_load_all(text):
-            if "merge_method" in document:
-                fusekit.plan(on_digits(document)).close()
+        documents = list(yaml.safe_load_all(text))
+        if "merge_method" in documents[0]:
+            recipe = tmp_path / "recipe.yml"
+            recipe.write_text(yaml.safe_dump_all(on_digits(documents)))
+            fusekit.plan(recipe).close()
 
 
-def on_digits(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe with its models exchanged for the digit experts: equal names, equal experts."""
-    experts = {}
+def on_digits(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Recipes with their models exchanged for the digit experts: equal names, equal experts."""
+    experts = {name: name for name in (each.get("name") for each in documents) if name}
     folders = iter(digits.experts().values())
 
     def exchanged(value: Any) -> Any:
@@ -113,5 +115,5 @@ def on_digits(recipe: dict[str, Any]) -> dict[str, Any]:
             experts[name] = str(next(folders))
         return experts[name]
 
-    changed: dict[str, Any] = exchanged(recipe)
+    changed: list[dict[str, Any]] = exchanged(documents)
     return changed
