@@ -119,7 +119,22 @@ def _depths(layers: Mapping[str, Layer | None], stack: str | None, stacks: str) 
 
 
 def scale_layers(method: Method, by: Schedule) -> Method:
-    """The method with its update scaled by depth: base + lambda(tensor) * (merged - base)."""
+    """The method with its update scaled by depth: base + lambda(tensor) * (merged - base).
+
+    Raises:
+        RecipeError: alpha "auto" for a method on whole matrices, or a method that goes on from an
+            earlier output.
+    """
+    if method.continual:
+        raise RecipeError(
+            f"layer_scaling: {method.name} sets the size of the merged update itself, after all "
+            "models; scale its output instead, as the only model of a task_arithmetic recipe"
+        )
+    if method.matrix is not None and by.alpha is None:
+        raise RecipeError(
+            f"layer_scaling.alpha: 'auto' measures the merged update in blocks, and {method.name} "
+            "merges whole matrices; give a number"
+        )
 
     def rule(tensor: Tensor) -> Generator[Summary, Any, Combine]:
         combine = yield from method.rule(tensor)
@@ -133,22 +148,18 @@ def scale_layers(method: Method, by: Schedule) -> Method:
             return combine
         return Copy(-1) if scale == 0.0 else Rescaled(combine, scale)
 
-    def matrix(
-        tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]
-    ) -> torch.Tensor:
+    def matrix(tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
         assert method.matrix is not None
+        assert by.alpha is not None
         place = by.places[tensor.name]
-        return method.matrix(tensor, rows, measured) * (place.factor * alpha + place.offset)
+        return method.matrix(tensor, rows, measured) * (place.factor * by.alpha + place.offset)
 
-    alpha = by.alpha if by.alpha is not None else 0.0
-    if method.matrix is None:
-        return replace(method, rule=rule, model_scope=method.model_scope or by.alpha is None)
-    if by.alpha is None:
-        raise RecipeError(
-            f"layer_scaling.alpha: 'auto' measures the merged update in blocks, and {method.name} "
-            "merges whole matrices; give a number"
-        )
-    return replace(method, rule=rule, matrix=matrix)
+    return replace(
+        method,
+        rule=rule,
+        matrix=None if method.matrix is None else matrix,
+        model_scope=method.model_scope or by.alpha is None,
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fusekit import merge_state_dicts
 from fusekit.errors import RecipeError
+from fusekit.methods.lines import Schedule, scale_layers
 from fusekit.methods.registry import available
 from tests.vectors import Case, assert_close, read_case
 
@@ -155,12 +156,19 @@ def test_neutral_schedules_return_the_merge_and_the_base() -> None:
     assert_close(zero, base, 0.0)
 
 
-@pytest.mark.parametrize(
-    "method", sorted(name for name, m in available().items() if m.base == "origin")
-)
-@pytest.mark.parametrize("alpha", [0.3, "auto"])
+SCALABLE = [
+    pytest.param(method.name, alpha, marks=[] if method.matrix is None else [pytest.mark.torch])
+    for method in available().values()
+    if method.base == "origin" and not method.continual
+    for alpha in ([0.3, "auto"] if method.matrix is None else [0.3])
+]
+
+
+@pytest.mark.parametrize(("method", "alpha"), SCALABLE)
 def test_every_method_with_a_base_can_be_scaled(method: str, alpha: Any) -> None:
     about = available()[method]
+    if about.matrix is not None:
+        pytest.importorskip("torch")
     models, base = setting(6, about.max_models or max(2, about.min_models))
     required = {p.name: 0.5 for p in about.parameters if p.required}
     options: dict[str, Any] = {"method": method, "base": base, "parameters": required}
@@ -223,3 +231,14 @@ def test_refuses_a_method_without_a_base() -> None:
         merge_state_dicts(
             models, method="linear", parameters={"weight": 1.0}, layer_scaling={"beta": 1.0}
         )
+
+
+def test_refuses_to_measure_alpha_of_a_method_on_whole_matrices() -> None:
+    models, base = setting(10)
+    with pytest.raises(RecipeError, match="tsv merges whole matrices; give a number"):
+        merge_state_dicts(models, method="tsv", base=base, layer_scaling={"beta": 1.0})
+
+
+def test_refuses_a_method_that_goes_on_from_an_earlier_output() -> None:
+    with pytest.raises(RecipeError, match="opcm sets the size of the merged update itself"):
+        scale_layers(available()["opcm"], Schedule(0.3, "l1", {}))
