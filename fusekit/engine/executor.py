@@ -95,6 +95,11 @@ class _Job:
         except StopIteration as stop:
             self.combine = stop.value
 
+    def forget(self) -> None:
+        """Let go of what the rule held (thresholds, masks): the tensor is written."""
+        self.combine = None
+        self._steps = None
+
     @property
     def copies_bytes(self) -> bool:
         """Whether the result is an operand's bytes as they are."""
@@ -271,6 +276,7 @@ class Executor:
             self._condition.notify_all()
 
     def _end(self, job: _Job) -> None:
+        job.forget()
         self._unfinished -= 1
         if not self._unfinished:
             self._condition.notify_all()
@@ -289,6 +295,7 @@ class Executor:
         def scan(piece: Span) -> Task:
             def task(space: Workspace) -> None:
                 job = jobs[piece.member]
+                self._prefetch(job.planned, piece)
                 reader = self._reader(job, space, streaming)
                 shared.measure(piece, reader)
                 self._count_nonfinite(job, reader, shared)
@@ -336,6 +343,12 @@ class Executor:
             job.pending = 1
         self._combine(job, 0, job.planned.size, space, reader)
 
+    def _prefetch(self, planned: PlannedTensor, piece: Span) -> None:
+        """Have the system fetch a task's bytes while its first blocks are being computed."""
+        for index in planned.operand_indices():
+            ref = planned.operand(index)
+            self._sources[ref.source].prefetch(ref.name, piece.start, piece.stop)
+
     def _reader(self, job: _Job, space: Workspace, how: Callable[..., Fetch]) -> BlockReader:
         return BlockReader(job.planned, space, how(job.planned, self._sources, space))
 
@@ -380,6 +393,7 @@ class Executor:
 
         def write(piece: Span) -> Task:
             def task(space: Workspace) -> None:
+                self._prefetch(planned, piece)
                 if job.copies_bytes:
                     self._copy(job, piece.start, piece.stop, space)
                 else:
