@@ -54,11 +54,25 @@ def test_merges_as_the_authors_programs(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["case0", "case1", "case2"])
-def test_keeps_the_share_ratio_of_every_model(name: str) -> None:
+def test_scales_are_those_of_the_authors_and_keep_the_share_ratio(name: str) -> None:
     case = read_case("pcb-merging", name)
-    for scale in case.numbered("out/score_scale"):
-        flat = np.concatenate([scale[key].ravel() for key in sorted(scale)])
-        assert abs(np.count_nonzero(flat) - case.about["pcb_ratio"] * flat.size) <= 1
+    names, about = sorted(case.base), case.about
+
+    def flat(state: State) -> np.ndarray:
+        return np.concatenate([state[key].ravel() for key in names])
+
+    deltas = np.stack([flat(model) - flat(case.base) for model in case.models])
+    size, clamp = deltas.shape[1], about["clamp"]
+    ascending = np.sort(np.abs(deltas), axis=1)
+    low, high = ascending[:, int(size * clamp)], ascending[:, int(size * (1 - clamp) - 1)]
+    score = np.empty_like(deltas)
+    comparison = {"root": 0, "nlp": 0, "vision": 1}[about["variant"]]
+    compete.scores(deltas, low.copy(), high.copy(), comparison, score)
+    cut = np.sort(score, axis=1)[:, [int(size * (1 - about["pcb_ratio"]))]]
+    scale = np.maximum(score - cut, 0) / (score.max(axis=1, keepdims=True) - cut)
+    for found, expected in zip(scale, case.numbered("out/score_scale"), strict=True):
+        np.testing.assert_allclose(found, flat(expected), rtol=1e-4, atol=1e-6)
+        assert abs(np.count_nonzero(found) - about["pcb_ratio"] * size) <= 1
 
 
 def reference(deltas: np.ndarray, ratio: float, variant: str, clamp: float) -> np.ndarray:
