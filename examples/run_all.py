@@ -33,6 +33,9 @@ def main() -> None:
         except (MissingExtraError, CheckpointError) as missing:
             print(f"{name}: left out: {missing}")
             continue
+        if "/digits/" not in path.read_text():
+            print(f"{name!s:36} merged; not a model of the digits")
+            continue
         scores = digits.evaluate(out)
         print(f"{name!s:36} {100 * sum(scores.values()) / len(scores):5.1f} %")
     print(f"Mean accuracy over the six tasks of the experts. Merges are in {options.out}/.")

@@ -49,7 +49,7 @@ def run(script: Path, folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=named)
-def test_recipe_gives_a_verified_encoder(
+def test_recipe_gives_a_verified_model(
     recipe: Path,
     tmp_path: Path,
     request: pytest.FixtureRequest,
@@ -62,6 +62,8 @@ def test_recipe_gives_a_verified_encoder(
     except MissingExtraError as missing:
         pytest.skip(str(missing))
     assert fusekit.verify(tmp_path / "merged").ok
+    if "/digits/" not in recipe.read_text():
+        return
     images = digits.examples("validation").images[:8]
     assert np.isfinite(digits.features(tmp_path / "merged", images)).all()
 

@@ -19,6 +19,9 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=label)
 WRITTEN = [page for page in PAGES if page.parent != make_docs.PAGES]
 """Pages that people wrote."""
 
+TOKENIZING = [ROOT / "tests/vectors/mergekit_e2e/inputs" / name for name in ("tok_a", "tok_b")]
+"""Two tiny models with vocabularies of their own."""
+
 
 def test_every_method_has_a_current_page() -> None:
     stale = [label(path) for path in make_docs.outdated()]
@@ -96,24 +99,20 @@ def test_recipes_in_the_text_can_be_planned(page: Path, tmp_path: Path) -> None:
 
 
 def on_digits(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Recipes with their models exchanged for the digit experts: equal names, equal experts."""
-    experts = {name: name for name in (each.get("name") for each in documents) if name}
-    folders = iter(digits.experts().values())
+    """Recipes with their models (`./name`) exchanged for the digit experts, name by name."""
+    folders = iter(TOKENIZING if "tokenizer" in documents[0] else digits.experts().values())
+    experts: dict[str, str] = {}
 
     def exchanged(value: Any) -> Any:
         if isinstance(value, list):
             return [exchanged(item) for item in value]
-        if not isinstance(value, dict):
-            return value
-        return {
-            key: expert(item) if key in {"model", "base_model"} else exchanged(item)
-            for key, item in value.items()
-        }
-
-    def expert(name: str) -> str:
-        if name not in experts:
-            experts[name] = str(next(folders))
-        return experts[name]
+        if isinstance(value, dict):
+            return {key: exchanged(item) for key, item in value.items()}
+        if isinstance(value, str) and value.startswith("./"):
+            if value not in experts:
+                experts[value] = str(next(folders))
+            return experts[value]
+        return value
 
     changed: list[dict[str, Any]] = exchanged(documents)
     return changed
