@@ -44,33 +44,32 @@ def drop_above_and_first(row: Array, threshold: Any, budget: int) -> None:
 
 @njit(nogil=True, cache=True)
 def variance(rows: Array, out: Array) -> None:
-    """Population variance over the rows at every position; exactly 0 where all rows are equal."""
+    """Population variance over the rows at every position; exactly 0 where all rows are equal.
+
+    mean(d^2) - mean(d)^2 with d the deviations from the first row. As one of the d is 0, their
+    variance is at least max(d^2) / n^2 and little is lost to cancellation in float64.
+    """
     n, size = rows.shape
     share = 1.0 / n
-    means = np.empty(_CHUNK, np.float64)
+    sums = np.empty(_CHUNK, np.float64)
     squares = np.empty(_CHUNK, np.float64)
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)
-        mean = means[: stop - start]
+        total = sums[: stop - start]
         square = squares[: stop - start]
-        mean[:] = 0.0
+        total[:] = 0.0
         square[:] = 0.0
-        # Deviations are taken from the first row, so equal rows leave no rounding behind.
         first = rows[0, start:stop]
         for r in range(1, n):
             part = rows[r, start:stop]
-            for i in range(mean.size):
-                mean[i] += np.float64(part[i]) - np.float64(first[i])
-        for i in range(mean.size):
-            mean[i] *= share
-        for r in range(n):
-            part = rows[r, start:stop]
-            for i in range(mean.size):
-                deviation = np.float64(part[i]) - np.float64(first[i]) - mean[i]
+            for i in range(total.size):
+                deviation = np.float64(part[i]) - np.float64(first[i])
+                total[i] += deviation
                 square[i] += deviation * deviation
         target = out[start:stop]
-        for i in range(mean.size):
-            target[i] = square[i] * share
+        for i in range(total.size):
+            mean = total[i] * share
+            target[i] = square[i] * share - mean * mean
 
 
 @njit(nogil=True, cache=True)
