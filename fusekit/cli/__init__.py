@@ -8,7 +8,18 @@ from typing import Annotated
 import typer
 
 from fusekit import __version__
-from fusekit.cli import adapter, demo, inspect, merge, methods, plan, reconstruct, tokens, verify
+from fusekit.cli import (
+    adapter,
+    demo,
+    inspect,
+    merge,
+    methods,
+    plan,
+    reconstruct,
+    suite,
+    tokens,
+    verify,
+)
 from fusekit.errors import FusekitError
 
 app = typer.Typer(
@@ -26,6 +37,7 @@ app.command("reconstruct")(reconstruct.reconstruct)
 app.command("verify")(verify.verify)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")
+app.add_typer(suite.app, name="suite")
 app.add_typer(tokens.app, name="tokens")
 
 

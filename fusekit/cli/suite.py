@@ -1,0 +1,56 @@
+"""`fusekit suite`: compare merging methods on a suite of tasks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(help="Compare merging methods on a base, its experts and their tasks.")
+
+
+@app.command("run")
+def run(
+    suite: Annotated[
+        str, typer.Argument(help="A built-in suite (digits) or a YAML file.", show_default=False)
+    ],
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names, or all that need no data.")
+    ] = "all",
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; what is there is not computed again.")
+    ] = Path("suite-out"),
+    budget: Annotated[
+        int, typer.Option(min=1, help="Configurations per method on validation data; 1: no tuning.")
+    ] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of random methods, tuning and bootstrap.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a report with figures to this file.")
+    ] = None,
+) -> None:
+    """Merge SUITE's experts by every method, score every merge, print and save the table."""
+    from fusekit.evaluate.runner import markdown, run_suite
+    from fusekit.evaluate.suite import load_suite
+
+    if html is not None:
+        from fusekit.report.figures import require_plotly
+
+        require_plotly()
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    result = run_suite(
+        load_suite(suite),
+        names,
+        out,
+        budget=budget,
+        seed=seed,
+        on_progress=lambda name: print(name, file=sys.stderr),
+    )
+    print(markdown(result), end="")
+    print(f"table: {out / 'results.md'}, {out / 'results.json'}", file=sys.stderr)
+    if html is not None:
+        from fusekit.report.suite import suite_report
+
+        html.write_text(suite_report(result).to_html(), encoding="utf-8")
+        print(f"report: {html}", file=sys.stderr)

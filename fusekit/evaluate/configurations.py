@@ -1,0 +1,107 @@
+"""Which methods a suite can run, with which parameters: defaults, and what tuning may try."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fusekit.methods.base import Method
+from fusekit.methods.registry import available, find
+
+REQUIRED_VALUES: Mapping[str, Any] = {"weight": 1.0, "t": 0.5}
+"""What the default configuration gives parameters that have no default: all models alike."""
+
+CANDIDATES: Mapping[str, tuple[float, ...]] = {
+    "lambda": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5),
+    "density": (0.1, 0.2, 0.3, 0.5, 0.7, 0.9),
+    "t": (0.1, 0.3, 0.5, 0.7, 0.9),
+    "ratio": (0.05, 0.1, 0.2, 0.4),
+    "select_topk": (0.1, 0.3, 0.5, 0.8, 1.0),
+    "alpha": (0.2, 0.3, 0.4, 0.6, 0.8, 1.0),
+    "tall_lambda": (0.2, 0.4, 0.6),
+    "r": (0.05, 0.1, 0.2, 0.4),
+    "common_space_fraction": (0.2, 0.5, 0.8),
+}
+"""Values that tuning may give a parameter of that name."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A method that the suite cannot run, and why."""
+
+    method: str
+    reason: str
+
+
+def choose_methods(wanted: Sequence[str], models: int) -> tuple[list[Method], list[Skipped]]:
+    """The methods to run, and those left out.
+
+    Args:
+        wanted: names, or `all` for every method that merges this many models without data.
+        models: how many experts the suite has.
+
+    Raises:
+        RecipeError: there is no method of that name.
+    """
+    names = list(available()) if list(wanted) == ["all"] else list(dict.fromkeys(wanted))
+    runs: list[Method] = []
+    skipped: list[Skipped] = []
+    for method in map(find, names):
+        reason = why_not(method, models)
+        if reason is None:
+            runs.append(method)
+        else:
+            skipped.append(Skipped(method.name, reason))
+    return runs, skipped
+
+
+def why_not(method: Method, models: int) -> str | None:
+    """Why a method cannot merge this many models without data, or None if it can."""
+    unset = [p.name for p in method.parameters if p.required and p.name not in REQUIRED_VALUES]
+    if method.statistic is not None or unset:
+        return f"needs {', '.join(unset) or 'statistics of data'}"
+    if models < method.min_models or (method.max_models or models) < models:
+        return f"does not merge {models} models"
+    if method.side is not None:
+        return "makes one model per task, not one for all"
+    if method.matrix is not None and importlib.util.find_spec("torch") is None:
+        return "needs the [torch] extra"
+    return None
+
+
+def default_parameters(method: Method) -> dict[str, Any]:
+    """The method's own defaults: only what has none is set."""
+    return {p.name: REQUIRED_VALUES[p.name] for p in method.parameters if p.required}
+
+
+def candidates(method: Method, budget: int, seed: int) -> list[dict[str, Any]]:
+    """At most `budget` configurations, the default first, the rest drawn without repetition.
+
+    Drawn from the grid of `CANDIDATES` over the method's parameters; the draw depends on the seed
+    and the method's name alone.
+    """
+    default = default_parameters(method)
+    knobs = {
+        p.name: [value for value in CANDIDATES[p.name] if _accepts(p.check, value)]
+        for p in method.parameters
+        if p.name in CANDIDATES
+    }
+    own = {p.name: p.default for p in method.parameters if not p.required} | default
+    grid = [dict(zip(knobs, values, strict=True)) for values in itertools.product(*knobs.values())]
+    fresh = [point for point in grid if any(own[name] != value for name, value in point.items())]
+    generator = np.random.default_rng([seed, *method.name.encode()])
+    order = generator.permutation(len(fresh))[: budget - 1]
+    return [default, *({**default, **fresh[i]} for i in order)]
+
+
+def _accepts(check: Any, value: float) -> bool:
+    try:
+        check(value)
+    except ValueError:
+        return False
+    return True
