@@ -122,6 +122,7 @@ def plan_checkpoints(
             [TensorInfo(p.name, p.dtype, p.shape) for p in planned],
             shard_bytes,
             *side_file(planned, opened),
+            parts=opened[reference].parts(),
         ),
         granularity=recipe.granularity,
         seed=recipe.seed,
