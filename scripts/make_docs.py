@@ -87,23 +87,25 @@ def index_page(methods: list[Method]) -> str:
         "`fusekit methods` prints this list, `fusekit methods NAME` one method in full. "
         "The name is what a recipe gives as `merge_method`.",
         "",
-        "| method | what it does | base_model | models |",
-        "|---|---|---|---|",
+        "| method | what it does | base_model | models | needs |",
+        "|---|---|---|---|---|",
     ]
     lines += [
         f"| [{method.name}]({method.name}.md) | {_cell(method.summary)} "
-        f"| {_base_word(method)} | {describe_count(method)} |"
+        f"| {_base_word(method)} | {describe_count(method)} | {_needs(method)} |"
         for method in methods
     ]
     lines += [
         "",
         "**base_model**: *required* or *optional* where the method works on task vectors, the "
         "differences to that base; *first* where it is the first of the models; *none* where "
-        "the method takes no base. **models**: how many, the base not counted.",
+        "the method takes no base. **models**: how many, the base not counted. **needs**: *torch* is "
+        "the `[torch]` extra, *statistics* are files of what data says about every model.",
         "",
-        "Two settings of a recipe combine with every method of this list: "
-        "[`granularity`](../recipes.md#granularity), over what a method's statistics are taken, "
-        "and, for methods with a base, [`layer_scaling`](../recipes.md#layer_scaling).",
+        "Two settings of a recipe combine with the methods of this list: "
+        "[`granularity`](../recipes.md#granularity), over what a method's statistics are taken "
+        "(methods that merge in blocks), and [`layer_scaling`](../recipes.md#layer_scaling) "
+        "(methods with a base).",
         "",
     ]
     return "\n".join(lines)
@@ -270,6 +272,11 @@ def _names() -> frozenset[str]:
     methods = available()
     parameters = {p.name for method in methods.values() for p in method.parameters}
     return frozenset({*methods, *parameters, *Recipe.model_fields})
+
+
+def _needs(method: Method) -> str:
+    torch = ["torch"] if method.matrix is not None else []
+    return ", ".join(torch + (["statistics"] if method.statistic is not None else []))
 
 
 def _cell(text: str) -> str:
