@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import xxhash
@@ -50,12 +52,19 @@ def plan_recipe(
     Raises:
         RecipeError, CheckpointError: anything that would make the merge fail.
     """
+    with _collector_paused():
+        return _plan_recipe(recipe, shard_bytes, stream, stages or {})
+
+
+def _plan_recipe(
+    recipe: Recipe, shard_bytes: int, stream: bool, stages: Mapping[str, Checkpoint]
+) -> Plan:
     method = find(recipe.merge_method)
     operands = choose_operands(recipe, method)
-    named = dict(stages or {})
+    named = dict(stages)
     for stage in recipe.stages:
         if stage.name is not None and stage.name not in named:
-            made = plan_recipe(stage, shard_bytes, stream=stream, stages=named)
+            made = _plan_recipe(stage, shard_bytes, stream, named)
             named[stage.name] = planned_checkpoint(stage.name, made)
             made.close()
     opened: list[Checkpoint] = []
@@ -69,6 +78,18 @@ def plan_recipe(
         for checkpoint in opened:
             checkpoint.source.close()
         raise
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Without the cyclic collector, which would walk the growing plan again and again."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if running:
+            gc.enable()
 
 
 def plan_checkpoints(

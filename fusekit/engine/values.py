@@ -48,15 +48,12 @@ class ParameterValues:
         if lookup.constant and complete and lookup.once is not None:
             return lookup.once
         shared = lookup.shared.values(
-            per_model=False,
             tensor=matched.info.name,
             position=matched.position,
             whose="recipe",
         )
         each = tuple(
-            lookup.models[i].values(
-                per_model=True, tensor=name, position=matched.position, whose=lookup.places[i]
-            )
+            lookup.models[i].values(tensor=name, position=matched.position, whose=lookup.places[i])
             for i, name in zip(matched.kept, matched.names, strict=True)
         )
         if complete:
@@ -64,12 +61,14 @@ class ParameterValues:
         return shared, each
 
     def _lookup(self, part: Slice) -> _SliceLookup:
-        shared = Lookup(self._method, part.levels)
-        models = [Lookup(self._method, (operand.own, *part.levels)) for operand in part.models]
+        shared = Lookup(self._method, part.levels, per_model=False)
+        models = [
+            Lookup(self._method, (operand.own, *part.levels), per_model=True)
+            for operand in part.models
+        ]
         return _SliceLookup(
             shared,
             models,
             [f"{operand.place} ({operand.model})" for operand in part.models],
-            shared.is_constant(per_model=False)
-            and all(lookup.is_constant(per_model=True) for lookup in models),
+            shared.is_constant and all(lookup.is_constant for lookup in models),
         )

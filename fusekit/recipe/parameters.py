@@ -112,44 +112,56 @@ def _check(raw: Any, parameter: Parameter, place: str) -> Any:
 
 
 class Lookup:
-    """Parameters of one method, looked up through levels from the most to the least specific."""
+    """Parameters of one method, looked up through levels from the most to the least specific.
 
-    def __init__(self, method: Method, levels: Sequence[Level]) -> None:
-        """`levels` from the most to the least specific."""
+    Only what can differ from tensor to tensor is looked up for every tensor.
+    """
+
+    def __init__(self, method: Method, levels: Sequence[Level], *, per_model: bool) -> None:
+        """`levels` from the most to the least specific; `per_model` chooses the parameters."""
         self._method = method
-        self._levels = levels
+        self._fixed: dict[str, Any] = {}
+        self._varying: list[tuple[Parameter, list[Setting]]] = []
+        for parameter in method.parameters:
+            if parameter.per_model != per_model:
+                continue
+            settings = [level[parameter.name] for level in levels if parameter.name in level]
+            if settings and settings[0].is_constant:
+                self._fixed[parameter.name] = settings[0].value("", 0.0)[1]
+            elif settings or parameter.required:
+                self._fixed[parameter.name] = None  # holds the place in the method's order
+                self._varying.append((parameter, settings))
+            else:
+                self._fixed[parameter.name] = parameter.default
 
-    def values(
-        self, *, per_model: bool, tensor: str, position: float, whose: str
-    ) -> dict[str, Any]:
-        """The values of all per-model (or all other) parameters for one tensor.
+    @property
+    def is_constant(self) -> bool:
+        """Whether `values` is the same for all tensors."""
+        return not self._varying
+
+    def values(self, *, tensor: str, position: float, whose: str) -> dict[str, Any]:
+        """The values of all parameters for one tensor.
 
         Raises:
             RecipeError: a required parameter that no level gives.
         """
-        return {
-            parameter.name: self._value(parameter, tensor, position, whose)
-            for parameter in self._method.parameters
-            if parameter.per_model == per_model
-        }
+        values = dict(self._fixed)
+        for parameter, settings in self._varying:
+            values[parameter.name] = self._value(parameter, settings, tensor, position, whose)
+        return values
 
-    def is_constant(self, *, per_model: bool) -> bool:
-        """Whether `values` is the same for all tensors."""
-        return all(
-            level[parameter.name].is_constant
-            for parameter in self._method.parameters
-            if parameter.per_model == per_model
-            for level in self._levels
-            if parameter.name in level
-        )
-
-    def _value(self, parameter: Parameter, tensor: str, position: float, whose: str) -> Any:
-        for level in self._levels:
-            setting = level.get(parameter.name)
-            if setting is not None:
-                found, value = setting.value(tensor, position)
-                if found:
-                    return value
+    def _value(
+        self,
+        parameter: Parameter,
+        settings: Sequence[Setting],
+        tensor: str,
+        position: float,
+        whose: str,
+    ) -> Any:
+        for setting in settings:
+            found, value = setting.value(tensor, position)
+            if found:
+                return value
         if parameter.required:
             raise RecipeError(
                 f"{whose}: {self._method.name} needs the parameter {parameter.name!r} "
