@@ -1,0 +1,152 @@
+"""RegMean++: least squares layer by layer, on inputs that come through the layers merged so far."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fusekit.calibrate.hooks import Capture, linear_modules
+from fusekit.calibrate.models import Batch, as_in_use, forward
+from fusekit.errors import FusekitError
+from fusekit.methods.matrix.linalg import mean
+from fusekit.methods.matrix.regmean import merge
+
+
+@torch.no_grad()
+def regmean_plus_plus(
+    merged: nn.Module,
+    models: Sequence[nn.Module],
+    batches: Sequence[Sequence[Batch]],
+    blocks: str,
+    *,
+    scale: float = 0.9,
+) -> None:
+    """Merge models into one of their architecture, block by block.
+
+    Everything outside the blocks is averaged first. Then, for block l: every model's data comes
+    through the merged part so far, runs through that model's own block l, whose linear layers' Gram
+    matrices are taken; the block is merged by RegMean (biases, norms: averages) and the data moves
+    on through it.
+
+    Args:
+        merged: takes the result, its own weights are overwritten.
+        models: the models to merge, all alike.
+        batches: for every model, its data.
+        blocks: name of the list of blocks in the module, such as `model.layers`.
+        scale: of the Gram matrices' off-diagonal entries.
+
+    Raises:
+        FusekitError: no such list of blocks, or not as many data sets as models.
+
+    References:
+        "RegMean++", arXiv 2508.03121.
+    """
+    if len(batches) != len(models):
+        raise FusekitError(f"batches: found {len(batches)} data sets for {len(models)} models")
+    _average(merged, models, outside=blocks)
+    count = len(_blocks(merged, blocks))
+    with contextlib.ExitStack() as stack:
+        for module in (merged, *models):
+            stack.enter_context(as_in_use(module))
+        streams = [[_caught(merged, blocks, batch) for batch in own] for own in batches]
+        for index in range(count):
+            _merge_block(merged, models, blocks, index, streams, scale)
+            block = _blocks(merged, blocks)[index]
+            streams = [[_next(call, block(*call[0], **call[1])) for call in own] for own in streams]
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a block's forward call."""
+
+
+def _merge_block(
+    merged: nn.Module,
+    models: Sequence[nn.Module],
+    blocks: str,
+    index: int,
+    streams: Sequence[Sequence[Call]],
+    scale: float,
+) -> None:
+    target = _blocks(merged, blocks)[index]
+    candidates = [_blocks(model, blocks)[index] for model in models]
+    grams = [_grams(block, calls) for block, calls in zip(candidates, streams, strict=True)]
+    parameters = [dict(block.named_parameters()) for block in candidates]
+    for name, value in target.named_parameters():
+        weights = [own[name].detach() for own in parameters]
+        owner = name.removesuffix(".weight")
+        if name.endswith(".weight") and all(owner in gram for gram in grams):
+            module = target.get_submodule(owner)
+            solved = merge(
+                weights,
+                [gram[owner] for gram in grams],
+                scale=scale,
+                transposed=not isinstance(module, nn.Linear),
+            )
+            value.copy_(solved.weight)
+        else:
+            value.copy_(mean(weights))
+
+
+def _grams(block: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
+    watched = Capture(block, "gram", linear_modules(block))
+    with watched.watching():
+        for arguments, keywords in calls:
+            block(*arguments, **keywords)
+            watched.forget()
+    return watched.results()
+
+
+def _blocks(model: nn.Module, name: str) -> nn.ModuleList:
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, nn.ModuleList) or not len(found):
+        raise FusekitError(f"blocks: {name!r} is not a list of blocks of {type(model).__name__}")
+    return found
+
+
+def _average(merged: nn.Module, models: Sequence[nn.Module], outside: str) -> None:
+    """The average of all parameters outside the blocks."""
+    inside = re.compile(rf"^{re.escape(outside)}\.\d+\.")
+    parameters = [dict(model.named_parameters()) for model in models]
+    for name, value in merged.named_parameters():
+        if not inside.match(name):
+            value.copy_(mean([own[name].detach() for own in parameters]))
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass once the first block's input is known."""
+
+
+def _caught(model: nn.Module, blocks: str, batch: Batch) -> Call:
+    """What the first block is called with on a batch."""
+    calls: list[Call] = []
+
+    def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append((arguments, dict(keywords)))
+        raise _StopForwardError
+
+    handle = _blocks(model, blocks)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        with contextlib.suppress(_StopForwardError):
+            forward(model, batch)
+    finally:
+        handle.remove()
+    if not calls:
+        raise FusekitError(f"blocks: the model's forward pass does not reach {blocks!r}")
+    return calls[0]
+
+
+def _next(call: Call, output: Any) -> Call:
+    """The call of the following block, which takes this one's output first."""
+    arguments, keywords = call
+    hidden = output[0] if isinstance(output, tuple) else output
+    if arguments:
+        return (hidden, *arguments[1:]), keywords
+    return (), {**keywords, "hidden_states": hidden}

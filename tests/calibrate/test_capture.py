@@ -1,0 +1,140 @@
+"""Statistics of layers' inputs: right, independent of batching, and without a trace left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from fusekit.calibrate import capture, regmean_plus_plus  # noqa: E402
+from fusekit.errors import FusekitError  # noqa: E402
+from tests.calibrate.models import Normed, Residual, load, tiny_llama  # noqa: E402
+from tests.vectors import Case, StateDict, read_case  # noqa: E402
+
+
+def batches_of(case: Case, model: int) -> list[torch.Tensor]:
+    data = case.tensors["in/data"]
+    found = []
+    while f"model{model}_batch{len(found)}" in data:
+        found.append(torch.from_numpy(data[f"model{model}_batch{len(found)}"]))
+    return found
+
+
+def assert_state(model: torch.nn.Module, expected: StateDict, tolerance: float = 1e-4) -> None:
+    for name, values in expected.items():
+        np.testing.assert_allclose(
+            model.state_dict()[name], values, rtol=1e-3, atol=tolerance, err_msg=name
+        )
+
+
+@pytest.mark.parametrize("name", ["case0", "case1"])
+def test_gram_matrices_are_the_published_ones(name: str) -> None:
+    case = read_case("regmean", name)
+    for k, expected in enumerate(case.numbered("out/gram")):
+        model = load(Normed(*case.about["dims"]), case.models[k])
+        found = capture(model, batches_of(case, k))
+        assert set(found) == {"fc1", "fc2"}
+        for layer, gram in expected.items():
+            np.testing.assert_allclose(found[layer], gram, rtol=1e-4, atol=1e-6)
+
+
+def test_regmean_plus_plus_is_the_published_one() -> None:
+    case = read_case("regmean", "case2")
+    about = case.about
+    shape = (about["i"], about["d"], about["h"], about["n_layers"])
+    models = [load(Residual(*shape), arrays) for arrays in case.models]
+    merged = Residual(*shape)
+    data = [batches_of(case, k) for k in range(len(models))]
+    scale = about["reduce_non_diagonal_ratio"]
+    regmean_plus_plus(merged, models, data, "layers", scale=scale)
+    assert_state(merged, case.merged)
+
+
+def test_regmean_plus_plus_of_one_llama_gives_it_back(tmp_path: Path) -> None:
+    model, merged = tiny_llama(tmp_path), tiny_llama(tmp_path / "other")
+    for value in merged.parameters():
+        value.data.normal_()
+    ids = torch.randint(2, 12, (3, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    regmean_plus_plus(merged, [model, model], [[batch]] * 2, "model.layers")
+    arrays = {name: value.numpy() for name, value in model.state_dict().items()}
+    assert_state(merged, arrays, 1e-5)
+
+
+def test_regmean_plus_plus_refuses_a_wrong_list_of_blocks() -> None:
+    model = Residual(3, 4, 5, 2)
+    with pytest.raises(FusekitError, match="'blocks' is not a list of blocks of Residual"):
+        regmean_plus_plus(model, [model], [[torch.zeros(1, 3)]], "blocks")
+
+
+@pytest.mark.parametrize("kind", ["gram", "mean", "norm"])
+def test_how_data_is_cut_into_batches_does_not_matter(kind: str) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(6, 8, 5), torch.randn(14, 3, 6)
+    whole = capture(model, [x], kind)
+    for size in (1, 5):
+        cut = capture(model, list(x.split(size)), kind)
+        for layer, expected in whole.items():
+            torch.testing.assert_close(cut[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_wide_gram_matrices_by_blocks_equal_plain_ones() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(50, 1501)
+    found = capture(torch.nn.Sequential(torch.nn.Linear(1501, 2)), [x])["0"]
+    torch.testing.assert_close(
+        found, (x.double().T @ x.double() / 50).float(), rtol=1e-4, atol=1e-5
+    )
+    assert torch.equal(found, found.T)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_does_not_count(side: str, tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path)
+    ids = torch.randint(2, 12, (1, 7))
+    plain = capture(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    width = (0, 4) if side == "right" else (4, 0)
+    padded = {
+        "input_ids": torch.nn.functional.pad(ids, width),
+        "attention_mask": torch.nn.functional.pad(torch.ones_like(ids), width),
+        "position_ids": torch.arange(11)[None] - (4 if side == "left" else 0),
+    }
+    padded["position_ids"].clamp_(min=0)
+    found = capture(model, [padded])
+    for layer, expected in plain.items():
+        torch.testing.assert_close(found[layer], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_fed_the_same_tensor_have_the_same_statistic(tmp_path: Path) -> None:
+    ids = torch.randint(2, 12, (2, 7))
+    found = capture(tiny_llama(tmp_path), [{"input_ids": ids}], modules=r"layers\.1\.")
+    prefix = "model.layers.1."
+    assert torch.equal(found[prefix + "self_attn.q_proj"], found[prefix + "self_attn.v_proj"])
+    assert torch.equal(found[prefix + "mlp.gate_proj"], found[prefix + "mlp.up_proj"])
+    assert not torch.equal(found[prefix + "self_attn.q_proj"], found[prefix + "mlp.up_proj"])
+    assert all(name.startswith(prefix) for name in found)
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path).train()
+    model.model.layers[0].eval()
+    cache = model.config.use_cache
+    with pytest.raises(IndexError):
+        capture(model, [{"input_ids": torch.tensor([[999]])}])
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.config.use_cache is cache
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_layers_that_are_never_called_have_no_statistic() -> None:
+    model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
+    model.forward = model["used"].forward  # type: ignore[method-assign]
+    with pytest.raises(FusekitError, match="no linear layer's name contains 'attention'"):
+        capture(model, [], modules="attention")
+    assert "idle" not in capture(model, [torch.ones(1, 2)])

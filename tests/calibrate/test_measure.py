@@ -1,0 +1,161 @@
+"""Files of statistics: from data on disk, resumed, and taken up by merging."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytestmark = pytest.mark.torch
+
+from fusekit import merge  # noqa: E402
+from fusekit.calibrate import measure, measure_folder, read_documents, run, token_batches  # noqa: E402
+from fusekit.calibrate.data import Document  # noqa: E402
+from fusekit.checkpoint.statistics import Statistics  # noqa: E402
+from fusekit.errors import FusekitError, MissingExtraError  # noqa: E402
+from tests.calibrate.models import Classifier, tiny_llama  # noqa: E402
+
+TEXTS = ["the cat sat on the mat", "the dog ran fast", "and the cat ran on"] * 4
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    path = tmp_path / "data.txt"
+    path.write_text("\n".join(TEXTS))
+    return path
+
+
+def entries(path: Path) -> dict[str, np.ndarray]:
+    file = Statistics(path)
+    return {name: file.read(name) for name in file.names}
+
+
+@pytest.mark.parametrize("statistic", ["gram", "fisher"])
+def test_an_interrupted_measurement_goes_on(
+    statistic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, batches = Classifier(3, 4, 3), list(torch.randn(6, 5, 3))
+    options: dict[str, Any] = {"statistic": statistic, "estimator": "sampled"}
+    measure(model, batches, tmp_path / "whole.safetensors", **options)
+    monkeypatch.setattr(run, "SNAPSHOT_SECONDS", 0.0)
+    out, seen = tmp_path / "cut.safetensors", []
+
+    def stop(at: run.Progress) -> None:
+        if at.batches == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        measure(model, batches, out, on_progress=stop, **options)
+    assert not out.exists()
+    with pytest.raises(FusekitError, match="holds part of another measurement"):
+        measure(model, batches[:5], out, **options)
+    measure(model, batches, out, on_progress=lambda at: seen.append(at.batches), **options)
+    assert seen == [5, 6]
+    for name, values in entries(tmp_path / "whole.safetensors").items():
+        np.testing.assert_allclose(entries(out)[name], values, rtol=1e-6)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cut.safetensors",
+        "whole.safetensors",
+    ]
+
+
+def test_models_are_calibrated_and_merged(tmp_path: Path, texts: Path) -> None:
+    for i in (0, 1):
+        model = tiny_llama(tmp_path / f"m{i}")
+        torch.manual_seed(i)
+        for value in model.parameters():
+            value.data += 0.02 * torch.randn_like(value)
+        model.save_pretrained(tmp_path / f"m{i}")
+    for method, statistic in (("regmean", "gram"), ("fisher", "fisher")):
+        for i in (0, 1):
+            command = [sys.executable, "-m", "fusekit", "calibrate", str(tmp_path / f"m{i}")]
+            command += [str(texts), str(tmp_path / f"{statistic}{i}.safetensors")]
+            command += ["--statistic", statistic, "--length", "16", "--batch", "2"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr
+        recipe = {
+            "merge_method": method,
+            "models": [
+                {
+                    "model": str(tmp_path / f"m{i}"),
+                    "parameters": {"statistics": str(tmp_path / f"{statistic}{i}.safetensors")},
+                }
+                for i in (0, 1)
+            ],
+        }
+        report = merge(recipe, tmp_path / method)
+        assert report.tensors > 10
+    about = Statistics(tmp_path / "gram0.safetensors").about
+    assert about["statistic"] == "gram"
+    assert set(about["counts"].values()) == {72}
+
+
+def test_documents_are_packed_or_taken_one_by_one(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tiny_llama(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    packed = token_batches(["the cat", "dog ran fast"], tokenizer, length=4, batch=2)
+    assert packed[0]["input_ids"].tolist() == [[2, 3, 1, 4], [6, 10, 1, 0]]
+    assert packed[0]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 0]]
+    single = token_batches([Document("the cat sat", 1)], tokenizer, length=2, pack=False)
+    assert single[0]["input_ids"].tolist() == [[2, 3]]
+    assert single[0]["labels"].tolist() == [1]
+    with pytest.raises(FusekitError, match="found no documents"):
+        token_batches([], tokenizer)
+
+
+def test_json_lines_are_documents(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"body": "a b", "label": 2}) + "\n\n" + json.dumps({"body": "c"}))
+    assert list(read_documents(path, text="body")) == [Document("a b", 2), Document("c")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", "x", r"a\.csv: documents are read from .txt, .jsonl, .*found '.csv'"),
+        ("a.jsonl", '{"texts": "x"}', r"line 1: expected a text in 'text', found fields"),
+        ("a.jsonl", '{"text": 1}', "expected a text in 'text', found int"),
+        ("a.jsonl", '{"text": "x", "label": "y"}', "expected a class index in 'label', found 'y'"),
+        ("a.jsonl", "{", "line 1: not JSON"),
+    ],
+)
+def test_malformed_data_is_refused(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(FusekitError, match=message):
+        list(read_documents(tmp_path / name))
+
+
+def test_parquet_is_read_where_pyarrow_is_installed(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError:
+        with pytest.raises(MissingExtraError, match=r"reading .parquet files needs the \[arrow\]"):
+            list(read_documents(path))
+        return
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), path)
+    assert list(read_documents(path)) == [Document("a", 0), Document("b", 1)]
+
+
+def test_what_cannot_be_measured_is_refused(tmp_path: Path, texts: Path) -> None:
+    model, batches, out = Classifier(3, 4, 3), [torch.randn(2, 3)], tmp_path / "s.safetensors"
+    with pytest.raises(FusekitError, match="statistic: found 'grams', expected fisher or gram"):
+        measure(model, batches, out, statistic="grams")
+    with pytest.raises(FusekitError, match=r"need 0.00 GB while they are measured, allowed are"):
+        measure(model, batches, out, max_memory=10)
+    with pytest.raises(FusekitError, match="fisher is measured for all parameters"):
+        measure(model, batches, out, statistic="fisher", modules="fc1")
+    with pytest.raises(
+        FusekitError, match=r"no config.json, expected the folder of a transformers"
+    ):
+        measure_folder(tmp_path, texts, out)
