@@ -10,6 +10,7 @@ import typer
 from fusekit import __version__
 from fusekit.cli import (
     adapter,
+    calibrate,
     demo,
     inspect,
     merge,
@@ -35,6 +36,7 @@ app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("reconstruct")(reconstruct.reconstruct)
 app.command("verify")(verify.verify)
+app.command("calibrate")(calibrate.calibrate)
 app.command("demo")(demo.demo)
 app.add_typer(adapter.app, name="adapter")
 app.add_typer(suite.app, name="suite")

@@ -52,6 +52,7 @@ SETUPS = {
     "task_arithmetic": Setup(identical={"normalize": True}, scaled={"normalize": True}),
     "ties": Setup(identical={"density": 1.0}, scaled={"density": 0.4}),
     "pcb": Setup(order_tolerance=1e-6),
+    "opcm": Setup(symmetric=False),
     "dare_linear": Setup(
         {"density": 0.5, "rescale": "inverse"},
         symmetric=False,
