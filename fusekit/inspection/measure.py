@@ -31,6 +31,9 @@ SPECTRUM_ROWS = 64
 _THRESHOLD_ELEMENTS = 1 << 14
 """Of those, the ones that supports' thresholds are read off."""
 
+_POWER_STEPS = 24
+"""Power steps for tensors that are held whole; larger ones get the one of the scan."""
+
 _LEADING = 2
 """Vectors of the power step that finds the largest singular value."""
 
@@ -103,10 +106,8 @@ class Measurer:
             return
         norms = np.diag(products)[1:]
         if powered is None:
-            singular = [np.linalg.svd(own.astype(np.float64), compute_uv=False) for own in sample]
-            largest = np.array([values[0] ** 2 for values in singular])
-        else:
-            largest = np.array([np.linalg.svd(own, compute_uv=False)[0] for own in powered])
+            powered = np.stack([_powered(own, _leading(own, first, comparison)) for own in sample])
+        largest = np.array([np.linalg.svd(own, compute_uv=False)[0] for own in powered])
         rows = comparison.matrix_shape[0]
         found.stable_rank = np.where(norms > 0, np.maximum(norms / largest, 1.0), np.nan)
         found.effective_rank = np.array([effective_rank(own, rows) for own in sample])
@@ -279,6 +280,17 @@ def _leading(sample: Array, first: int, comparison: Comparison) -> Array:
     if not (np.isfinite(start).all() and np.abs(start).sum(axis=0).all()):
         start[:] = noise[:columns]
     return np.ascontiguousarray(np.linalg.qr(start)[0].T)
+
+
+def _powered(matrix: Array, vectors: Array) -> Array:
+    """matrix.T @ matrix @ v for vectors that many power steps have turned to the leading ones."""
+    for _ in range(_POWER_STEPS):
+        out = np.zeros_like(vectors)
+        statistics.power_step(matrix, vectors, out)
+        vectors = np.ascontiguousarray(np.linalg.qr(out.T)[0].T)
+    out = np.zeros_like(vectors)
+    statistics.power_step(matrix, vectors, out)
+    return out
 
 
 @functools.cache
