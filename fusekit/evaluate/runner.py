@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from fusekit import __version__
 from fusekit.checkpoint.folder import open_checkpoint
-from fusekit.errors import FusekitError
+from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluate.bootstrap import Interval, Resamples, interval, resample
 from fusekit.evaluate.configurations import Skipped, candidates, choose_methods
 from fusekit.evaluate.scores import relative_score
@@ -40,7 +40,8 @@ class Row:
         normalised: mean over the experts' tasks of score / expert's score, with its interval.
         difference: to the reference row (the first), paired, with its interval; None for itself.
         retained: mean over the forgetting tasks of score / base's score; None without such tasks.
-        tried: configurations compared on the tuning split; `tuning_seconds` is what that took, CPU.
+        tried: configurations compared on the tuning split, without those the method refused.
+        tuning_seconds: CPU seconds that took.
         merge_cpu_seconds, merge_peak_bytes: of the merge alone, in a fresh process.
     """
 
@@ -168,12 +169,14 @@ def _run_methods(
         tries = candidates(method, budget, cells.seed)
         try:
             found.append(cells.reported(method, "default", tries[0], 1, 0.0))
-            if len(tries) > 1:
-                scores, seconds = zip(*(cells.tuned(method, each) for each in tries), strict=True)
-                best = tries[int(np.argmax(scores))]
-                found.append(cells.reported(method, "tuned", best, len(tries), sum(seconds)))
         except FusekitError as error:
             failed[method.name] = str(error)
+            continue
+        if len(tries) > 1:
+            accepted = [(each, *score) for each in tries if (score := cells.tuned(method, each))]
+            best = max(accepted, key=lambda tried: tried[1])[0]
+            seconds = sum(tried[2] for tried in accepted)
+            found.append(cells.reported(method, "tuned", best, len(accepted), seconds))
     return found, failed
 
 
@@ -223,15 +226,21 @@ class _Cells:
             seconds,
         )
 
-    def tuned(self, method: Method, parameters: dict[str, Any]) -> tuple[float, float]:
-        """Normalised score on the tuning split, and the CPU seconds it took."""
+    def tuned(self, method: Method, parameters: dict[str, Any]) -> tuple[float, float] | None:
+        """Normalised score on the tuning split and the CPU seconds it took.
+
+        None for a combination of parameters that the method refuses.
+        """
         recipe = self.recipe(method, parameters)
         shown = ", ".join(f"{k} {v:g}" for k, v in parameters.items()) or "defaults"
-        stored = self._remembered(
-            f"tuning {method.name}: {shown}",
-            {"split": self.suite.tuning, **self._merge_key(method, parameters)},
-            lambda: self._tune(recipe),
-        )
+        try:
+            stored = self._remembered(
+                f"tuning {method.name}: {shown}",
+                {"split": self.suite.tuning, **self._merge_key(method, parameters)},
+                lambda: self._tune(recipe),
+            )
+        except RecipeError:
+            return None
         return stored["normalised"], stored["cpu_seconds"]
 
     def _merge_key(self, method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -380,7 +389,9 @@ def markdown(result: SuiteResult) -> str:
 def label(row: Row) -> str:
     """`ties, tuned (density 0.3, lambda 1)`."""
     values = ", ".join(f"{name} {value:g}" for name, value in row.parameters.items())
-    return f"{row.method}, {row.variant}" + (f" ({values})" if row.variant == "tuned" else "")
+    if row.variant == "default":
+        return f"{row.method}, default"
+    return f"{row.method}, tuned ({values or 'to the default'})"
 
 
 def _line(cells: Sequence[str]) -> str:

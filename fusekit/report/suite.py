@@ -13,7 +13,7 @@ def suite_report(result: SuiteResult) -> Report:
     tasks = ", ".join(result.tasks)
     lead = f"One model for {len(result.tasks)} tasks ({tasks}), merged from their experts."
     sections = [
-        Section("Methods", [*_best(rows), *_figures(result, rows)]),
+        Section("Methods", [*_best(rows), *_figures(result, _one_per_method(rows))]),
         Section("Numbers", [_table(result, rows), _explained(result)]),
     ]
     left_out = [f"{skip.method}: {skip.reason}" for skip in result.skipped]
@@ -36,11 +36,17 @@ def _best(rows: list[Row]) -> list[Note]:
     close = [label(row) for row in rows[1:] if row.normalised_interval[1] >= low]
     text = f"{label(best)} keeps most: {best.normalised:.1%} of the experts ({low:.1%}-{high:.1%})."
     details = [f"within its interval: {', '.join(close)}"] if close else []
-    return [Note("advice", text, details)]
+    return [Note("note", text, details)]
+
+
+def _one_per_method(rows: list[Row]) -> list[Row]:
+    """The tuned configuration where there is one, else the default."""
+    tuned = {row.method for row in rows if row.variant == "tuned"}
+    return [row for row in rows if row.variant == "tuned" or row.method not in tuned]
 
 
 def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
-    names = [label(row) for row in rows]
+    names = [row.method for row in rows]
     quality = [row.normalised for row in rows]
     plots = [
         Plot(
@@ -52,7 +58,8 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
                 axis="normalised score",
                 reference=1.0,
             ),
-            "1 is every expert on its own task; bars show 95 % bootstrap intervals.",
+            "Tuned where there is something to tune. 1 is every expert on its own task; whiskers "
+            "are 95 % bootstrap intervals.",
         )
     ]
     if result.forgetting:

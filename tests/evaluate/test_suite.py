@@ -220,3 +220,18 @@ def test_the_command_prints_the_table_and_writes_a_report(tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "| linear, default | 88." in done.stdout
     assert "Share of the experts" in html.read_text(encoding="utf-8")
+
+
+def test_refused_combinations_do_not_end_the_tuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusekit.evaluate import runner
+
+    def report(self: Any, recipe: Any) -> Any:
+        return {"scores": self._score(digits.base()), "cpu_seconds": 1.0, "peak_bytes": 1}
+
+    monkeypatch.setattr(runner._Cells, "_report", report)
+    result = run_suite(load_suite("digits"), ["della"], tmp_path, budget=8, resamples=50)
+    tuned = next(row for row in result.rows if row.variant == "tuned")
+    assert result.failed == {}
+    assert 1 < tuned.tried < 8
