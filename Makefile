@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint soak bench docs clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -27,6 +27,10 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Ten times as many kills as the tests have.
+soak: $(VENV)/.dev
+	FUSEKIT_KILLS=500 $(BIN)/pytest -q tests/engine/test_kill.py
 
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.merge --out bench-out

@@ -23,6 +23,7 @@ from fusekit.engine.executor import Execution, NonFinite
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
 from fusekit.engine.manifest import MANIFEST, manifest
 from fusekit.engine.matrices import execute
+from fusekit.engine.model_card import CARD, model_card
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
 from fusekit.engine.planner import plan_checkpoints, plan_recipe
@@ -283,6 +284,7 @@ def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     """Everything beside the weights, then the rename that makes the output exist."""
     for name, content in _companions(plan).items():
         writer.add_file(name, content)
+    writer.add_file(CARD, model_card(plan).encode())
     for name, index in plan.layout.indexes().items():
         writer.add_file(name, index.encode())
     with contextlib.ExitStack() as stack:

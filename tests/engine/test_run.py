@@ -101,6 +101,7 @@ def test_the_output_holds_config_tokenizer_and_weights_and_nothing_else(inputs: 
     out = inputs.folder / "out"
     fusekit.merge(inputs.recipe, out)
     assert set(contents(out)) | {"manifest.json"} == {
+        "README.md",
         "config.json",
         "tokenizer.json",
         "vocab.txt",
