@@ -99,8 +99,8 @@ def index_page(methods: list[Method]) -> str:
         "",
         "**base_model**: *required* or *optional* where the method works on task vectors, the "
         "differences to that base; *first* where it is the first of the models; *none* where "
-        "the method takes no base. **models**: how many, the base not counted. **needs**: *torch* is "
-        "the `[torch]` extra, *statistics* are files of what data says about every model.",
+        "the method takes no base. **models**: how many, the base not counted. **needs**: *torch* "
+        "is the `[torch]` extra, *statistics* are files of what data says about every model.",
         "",
         "Two settings of a recipe combine with the methods of this list: "
         "[`granularity`](../recipes.md#granularity), over what a method's statistics are taken "
