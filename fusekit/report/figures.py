@@ -132,36 +132,41 @@ def lines(
     return figure
 
 
-def bars_with_intervals(
+def bars(
     names: Sequence[str],
     values: Sequence[float],
-    intervals: Sequence[tuple[float, float]],
+    intervals: Sequence[tuple[float, float]] | None = None,
     *,
     axis: str,
     reference: float | None = None,
 ) -> Figure:
-    """Horizontal bars with intervals, the first at the top, and a line at a reference value."""
+    """Horizontal bars, the first at the top, with whiskers for intervals and a reference line."""
     from plotly.graph_objects import Bar, Figure
 
-    trace = Bar(
-        x=list(values),
-        y=list(names),
-        orientation="h",
-        marker={"color": PALETTE[0]},
-        error_x={
-            "type": "data",
-            "array": [high - x for x, (_, high) in zip(values, intervals, strict=True)],
-            "arrayminus": [x - low for x, (low, _) in zip(values, intervals, strict=True)],
-            "thickness": 1.5,
-            "width": 4,
-        },
-        customdata=[list(pair) for pair in intervals],
-        hovertemplate="%{y}: %{x:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
-        "<extra></extra>",
+    figure = Figure(
+        Bar(
+            x=list(values),
+            y=list(names),
+            orientation="h",
+            marker={"color": PALETTE[0]},
+            hovertemplate="%{y}: %{x:.3f}<extra></extra>",
+        )
     )
-    figure = Figure(trace)
+    if intervals is not None:
+        figure.update_traces(
+            error_x={
+                "type": "data",
+                "array": [high - x for x, (_, high) in zip(values, intervals, strict=True)],
+                "arrayminus": [x - low for x, (low, _) in zip(values, intervals, strict=True)],
+                "thickness": 1.5,
+                "width": 4,
+            },
+            customdata=[list(pair) for pair in intervals],
+            hovertemplate="%{y}: %{x:.3f} (%{customdata[0]:.3f} to %{customdata[1]:.3f})"
+            "<extra></extra>",
+        )
     figure.update_layout(_layout(max(220, 26 * len(names) + 90)), bargap=0.35)
-    figure.update_yaxes(autorange="reversed", automargin=True, showgrid=False)
+    figure.update_yaxes(type="category", autorange="reversed", automargin=True, showgrid=False)
     figure.update_xaxes(title=axis, automargin=True, rangemode="tozero")
     if reference is not None:
         figure.add_vline(x=reference, line={"dash": "dot", "width": 1.5, "color": PALETTE[5]})
@@ -180,6 +185,7 @@ def cost_against_quality(
     from plotly.graph_objects import Figure, Scatter
 
     front = pareto_front(costs, qualities)
+    labelled = _apart(front, np.log(costs), np.asarray(qualities))
     figure = Figure()
     figure.add_trace(
         Scatter(
@@ -195,7 +201,7 @@ def cost_against_quality(
         Scatter(
             x=list(costs),
             y=list(qualities),
-            text=[name if i in front else "" for i, name in enumerate(names)],
+            text=[name if i in labelled else "" for i, name in enumerate(names)],
             customdata=list(names),
             mode="markers+text",
             textposition="top center",
@@ -219,6 +225,16 @@ def pareto_front(costs: Sequence[float], qualities: Sequence[float]) -> list[int
         if not front or qualities[i] > qualities[front[-1]]:
             front.append(i)
     return front
+
+
+def _apart(points: Sequence[int], x: Any, y: Any) -> list[int]:
+    """Of these points, from the best down, those whose labels do not cover one another."""
+    wide, high = 0.3 * (np.ptp(x) or 1.0), 0.05 * (np.ptp(y) or 1.0)
+    kept: list[int] = []
+    for i in reversed(points):
+        if all(abs(x[i] - x[k]) > wide or abs(y[i] - y[k]) > high for k in kept):
+            kept.append(i)
+    return kept
 
 
 def _layout(height: int) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fusekit.evaluate.runner import Row, SuiteResult, label
-from fusekit.report.figures import bars_with_intervals, cost_against_quality, heat_map
+from fusekit.report.figures import bars, cost_against_quality, heat_map
 from fusekit.report.page import Note, Plot, Report, Section, Table
 
 
@@ -51,7 +51,7 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
     plots = [
         Plot(
             "Share of the experts' scores that a merge keeps",
-            bars_with_intervals(
+            bars(
                 names,
                 quality,
                 [row.normalised_interval for row in rows],
@@ -66,10 +66,9 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
         plots.append(
             Plot(
                 "What the base could do and the merge still can",
-                bars_with_intervals(
+                bars(
                     names,
                     [row.retained or 0.0 for row in rows],
-                    [(row.retained or 0.0,) * 2 for row in rows],
                     axis="share of the base's score",
                     reference=1.0,
                 ),

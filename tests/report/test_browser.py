@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from fusekit.evaluate import digits
+from fusekit.evaluate.runner import run_suite
+from fusekit.evaluate.suite import load_suite
 from fusekit.inspection.run import inspect
 from fusekit.report.inspection import inspection_report
+from fusekit.report.suite import suite_report
 
 pytest.importorskip("plotly", reason="needs the [report] extra")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -38,29 +41,42 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
+    """File and number of figures of either kind of report."""
+    folder = tmp_path_factory.mktemp("reports")
     found = inspect(list(digits.experts().values()), base=digits.base())
-    path = tmp_path_factory.mktemp("report") / "report.html"
-    path.write_text(inspection_report(found).to_html(), encoding="utf-8")
-    return path
+    methods = ["linear", "task_arithmetic", "ties"]
+    result = run_suite(load_suite("digits"), methods, folder / "suite", budget=1, resamples=100)
+    made = {}
+    for name, report in (
+        ("inspection", inspection_report(found)),
+        ("suite", suite_report(result)),
+    ):
+        path = folder / f"{name}.html"
+        path.write_text(report.to_html(), encoding="utf-8")
+        made[name] = path, len(report.plots)
+    return made
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("kind", ["inspection", "suite"])
 def test_report_is_drawn_without_errors(
-    browser: Any, page_file: Path, width: int, scheme: str
+    browser: Any, reports: dict[str, tuple[Path, int]], kind: str, width: int, scheme: str
 ) -> None:
+    path, count = reports[kind]
+    assert count == {"inspection": 11, "suite": 4}[kind]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     requests: list[str] = []
     page.on("console", lambda m: problems.append(m.text) if m.type == "error" else None)
     page.on("pageerror", lambda error: problems.append(str(error)))
     page.on("request", lambda request: requests.append(request.url))
-    page.goto(page_file.as_uri())
+    page.goto(path.as_uri())
     page.wait_for_function("document.documentElement.dataset.drawn !== undefined")
     plots = page.locator(".plot")
-    assert plots.count() == 11
-    assert page.locator(".plot .main-svg").count() >= 11
+    assert plots.count() == count
+    assert page.locator(".plot .main-svg").count() >= count
     for i in range(plots.count()):
         box = plots.nth(i).bounding_box()
         assert box["height"] > 150 and box["width"] > 250
@@ -72,9 +88,11 @@ def test_report_is_drawn_without_errors(
     page.close()
 
 
-def test_switching_the_theme_redraws_the_figures(browser: Any, page_file: Path) -> None:
+def test_switching_the_theme_redraws_the_figures(
+    browser: Any, reports: dict[str, tuple[Path, int]]
+) -> None:
     page = browser.new_page(color_scheme="light")
-    page.goto(page_file.as_uri())
+    page.goto(reports["inspection"][0].as_uri())
     page.wait_for_function("document.documentElement.dataset.drawn !== undefined")
     ink = "getComputedStyle(document.querySelector('.plot .xtick text')).fill"
     before = page.evaluate(ink)

@@ -29,7 +29,7 @@ def test_heat_map_puts_the_first_row_on_top_and_leaves_gaps_blank() -> None:
 
 
 def test_bars_show_their_intervals_around_the_value() -> None:
-    figure = figures.bars_with_intervals(["a"], [0.5], [(0.4, 0.7)], axis="score", reference=1.0)
+    figure = figures.bars(["a"], [0.5], [(0.4, 0.7)], axis="score", reference=1.0)
     bar = figure.data[0]
     assert bar.error_x.array[0] == pytest.approx(0.2)
     assert bar.error_x.arrayminus[0] == pytest.approx(0.1)
@@ -50,6 +50,15 @@ def test_pareto_front_holds_what_nothing_cheaper_beats() -> None:
     )
     assert list(figure.data[0].x) == [1.0, 3.0]
     assert list(figure.data[1].text) == ["a", "", "", "", "e"]
+
+
+def test_labels_that_would_cover_one_another_are_left_to_hovering() -> None:
+    costs, qualities = [1.0, 1.1, 10.0], [0.50, 0.51, 0.9]
+    figure = figures.cost_against_quality(
+        list("abc"), costs, qualities, cost_axis="cost", quality_axis="quality"
+    )
+    assert list(figure.data[1].text) == ["", "b", "c"]
+    assert list(figure.data[1].customdata) == ["a", "b", "c"]
 
 
 def test_missing_plotly_is_said_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
