@@ -73,7 +73,9 @@ def _described(parameter: Parameter) -> list[str]:
 
 
 def _shown(value: object) -> str:
-    return {True: "true", False: "false", None: "none"}.get(value, str(value))  # type: ignore[call-overload,no-any-return]
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _wrapped(text: str, indent: str = "") -> list[str]:

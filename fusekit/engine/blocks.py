@@ -191,3 +191,11 @@ class BlockReader:
 def block_length(unit: int, block_elements: int) -> int:
     """The largest multiple of `unit` within the block size, at least one unit."""
     return max(1, block_elements // unit) * unit
+
+
+def nonfinite_error(where: str, name: str, count: int) -> CheckpointError:
+    """The refusal of NaN and Inf in one operand."""
+    return CheckpointError(
+        f"{where}: tensor {name!r} has {count} NaN or infinite values, expected none; repair the "
+        "model, or let them through with --allow-nonfinite (allow_nonfinite=True in Python)"
+    )

@@ -21,6 +21,7 @@ from fusekit.engine.blocks import (
     BlockReader,
     Fetch,
     Workspace,
+    nonfinite_error,
     resident,
     streaming,
 )
@@ -373,11 +374,7 @@ class Executor:
             ref = job.planned.operand(index)
             model = self._plan.checkpoints[ref.source].reference
             if not (self._allow_nonfinite or job.planned.method.keeps_nonfinite):
-                raise CheckpointError(
-                    f"{self._sources[ref.source].where(ref.name)}: tensor {ref.name!r} has {count} "
-                    "NaN or infinite values, expected none; repair the model, or merge "
-                    "with --allow-nonfinite to let them through"
-                )
+                raise nonfinite_error(self._sources[ref.source].where(ref.name), ref.name, count)
             with self._condition:
                 self.execution.nonfinite.append(NonFinite(job.planned.name, model, count))
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fusekit.checkpoint.statistics import Statistics
-from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace
+from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
 from fusekit.engine.plan import Plan, PlannedTensor
@@ -190,14 +190,6 @@ class WholeTensors:
             execution.overflows[planned.name] = overflows
         execution.bytes_written += planned.size * width
         self._sink.finished(planned.name, digests.hexdigest())
-
-
-def nonfinite_error(where: str, name: str, count: int) -> CheckpointError:
-    """The refusal of NaN and Inf in one operand."""
-    return CheckpointError(
-        f"{where}: tensor {name!r} has {count} NaN or infinite values, expected none; repair the "
-        "model, or merge with --allow-nonfinite to let them through"
-    )
 
 
 def _device(plan: Plan, name: str) -> torch.device:

@@ -29,6 +29,11 @@ REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "required"})()
 """Default of parameters that have none."""
 
 
+def _spelt(value: Any) -> str:
+    """A value as YAML writes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 @dataclass(frozen=True)
 class Parameter:
     """One parameter of a method, as users write it.
@@ -97,7 +102,7 @@ class Parameter:
         """The accepted values in words: `a number in [0, 1]`."""
         if self.kind in {"bool", "choice", "text"}:
             return {"bool": "true or false", "text": "text"}.get(
-                self.kind, " | ".join(map(str, (*self.aliases, *self.choices)))
+                self.kind, " | ".join(map(_spelt, (*self.aliases, *self.choices)))
             )
         noun = "an integer" if self.kind == "int" else "a number"
         if self.above is None and self.minimum is None and self.maximum is None:
