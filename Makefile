@@ -21,7 +21,7 @@ demo: $(VENV)/.core
 	$(BIN)/fusekit demo
 
 test: $(VENV)/.dev lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
