@@ -54,3 +54,40 @@ def run(
 
         html.write_text(suite_report(result).to_html(), encoding="utf-8")
         print(f"report: {html}", file=sys.stderr)
+
+
+@app.command("study")
+def study(
+    suite: Annotated[
+        str, typer.Argument(help="A built-in suite (digits) or a YAML file.", show_default=False)
+    ],
+    methods: Annotated[str, typer.Option(help="Comma-separated names.")] = (
+        "linear,task_arithmetic,ties,dare_ties"
+    ),
+    counts: Annotated[str, typer.Option(help="Comma-separated numbers of experts.")] = "2,4,6",
+    subsets: Annotated[int, typer.Option(min=1, help="Random subsets per number.")] = 3,
+    out: Annotated[
+        Path, typer.Option(help="Folder for results; what is there is not computed again.")
+    ] = Path("study-out"),
+    seed: Annotated[int, typer.Option(min=0, help="Of subsets and random methods.")] = 0,
+) -> None:
+    """Merge random subsets of SUITE's experts: what every further expert costs the others."""
+    from fusekit.evaluate.study import markdown, run_study
+    from fusekit.evaluate.suite import load_suite
+
+    if not all(count.strip().isdecimal() for count in counts.split(",")):
+        raise typer.BadParameter(f"--counts: found {counts!r}, expected numbers such as 2,4,6")
+    cells = run_study(
+        load_suite(suite),
+        [name.strip() for name in methods.split(",") if name.strip()],
+        [int(count) for count in counts.split(",")],
+        out,
+        subsets=subsets,
+        seed=seed,
+        on_progress=lambda name: print(name, file=sys.stderr),
+    )
+    print(markdown(cells), end="")
+    print(
+        "held-in: share of the experts' scores on the merged tasks, mean ± standard deviation over "
+        "subsets; after the slash, held-out: share of the base's score on tasks no expert knows"
+    )
