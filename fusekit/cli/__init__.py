@@ -15,6 +15,7 @@ from fusekit.cli import (
     inspect,
     merge,
     methods,
+    moe,
     plan,
     reconstruct,
     suite,
@@ -31,6 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("merge")(merge.merge)
+app.command("moe")(moe.moe)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)

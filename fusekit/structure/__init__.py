@@ -1,0 +1,1 @@
+"""Layers, experts and neurons: putting models together by their parts."""
