@@ -10,6 +10,37 @@ import yaml
 
 from fusekit.errors import RecipeError
 
+MAX_NODES = 1_000_000
+"""Most values of a document with its aliases written out."""
+
+
+class _RecipeLoader(yaml.SafeLoader):
+    """YAML without the last of two equal keys silently winning."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen and isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} occurs twice", key.start_mark
+                )
+            if isinstance(key, yaml.ScalarNode):
+                seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
+
+
+def _expanded(value: Any, known: dict[int, int]) -> int:
+    """How many values there are when every alias is written out."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1  # a value that contains itself is counted once
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_expanded(item, known) for item in inside)
+    return known[id(value)]
+
 
 def read_documents(path: Path) -> list[dict[str, Any]]:
     """The mappings in a YAML file, one per document; empty documents do not count.
@@ -23,7 +54,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise RecipeError(f"{path}: the recipe cannot be read: {reason}") from None
     try:
-        documents = list(yaml.safe_load_all(text))
+        documents = list(yaml.load_all(text, _RecipeLoader))
     except (yaml.YAMLError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
@@ -31,6 +62,8 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from None
     written = [document for document in documents if document is not None] or [None]
     for document in written:
+        if _expanded(document, {}) > MAX_NODES:
+            raise RecipeError(f"{path}: aliases expand the recipe to more than {MAX_NODES} values")
         if not isinstance(document, dict):
             found = type(document).__name__
             raise RecipeError(
