@@ -47,25 +47,26 @@ def combine(
     combination: Combination,
     tensors: Sequence[Array],
     weights: Sequence[float],
-    density: float,
+    densities: Sequence[float],
     majority: MajoritySign,
     mask_of: MaskOf,
 ) -> Array:
     """One tensor from several of the same shape, in float32.
 
     Args:
-        density: fraction of entries kept, of each tensor on its own.
+        densities: fraction of entries kept of each tensor, chosen within that tensor.
         majority: elect the sign of the sum of values (`total`) or of signs (`frequency`); the
             weights do not vote.
         mask_of: draws the masks of `random`.
     """
     if combination.sparsify == "magnitude":
-        tensors = [prune_magnitude(tensor, density) for tensor in tensors]
-    elif combination.sparsify == "random" and density < 1:
-        scale = np.float32(density)
+        tensors = [prune_magnitude(t, kept) for t, kept in zip(tensors, densities, strict=True)]
+    elif combination.sparsify == "random":
         tensors = [
-            tensor * mask_of(i, slice(0, tensor.shape[0]), tensor.shape[1]) / scale
-            for i, tensor in enumerate(tensors)
+            tensor * mask_of(i, slice(0, tensor.shape[0]), tensor.shape[1]) / np.float32(kept)
+            if kept < 1
+            else tensor
+            for i, (tensor, kept) in enumerate(zip(tensors, densities, strict=True))
         ]
     return weighted_sum(tensors, weights, majority if combination.elect else None)
 

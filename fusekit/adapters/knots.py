@@ -82,19 +82,18 @@ class Agreement:
 
     Args:
         coordinates: starts a pass over the layers.
-        sources: number of sources.
-        density: fraction kept; 1 keeps everything, without a pass.
+        densities: fraction kept of each source; 1 everywhere keeps everything, without a pass.
     """
 
     def __init__(
-        self, coordinates: Callable[[], Iterator[Layer]], sources: int, density: float
+        self, coordinates: Callable[[], Iterator[Layer]], densities: Sequence[float]
     ) -> None:
         self._coordinates = coordinates
         self._lock = threading.Lock()
         self._majority: float | None = None
-        self.thresholds = [0.0] * sources
-        if density < 1:
-            self.thresholds = _global_thresholds(coordinates, sources, density)
+        self.thresholds = [0.0] * len(densities)
+        if min(densities) < 1:
+            self.thresholds = _global_thresholds(coordinates, densities)
 
     def majority(self) -> float:
         """Sign of the sum of all elected signs: one more pass, at the first call only."""
@@ -135,14 +134,13 @@ def merge_coordinates(
     return total / np.maximum(count, 1).astype(np.float32)
 
 
-def dropped(layer: Layer, density: float, mask_of: MaskOf) -> Layer:
+def dropped(layer: Layer, densities: Sequence[float], mask_of: MaskOf) -> Layer:
     """DARE on coordinates: a random share `1 - density` set to zero, the rest over `density`.
 
-    `mask_of` is asked by the coordinates' place in the layer.
+    `densities` goes by source, `mask_of` is asked by the coordinates' place in the layer.
     """
-    scale = np.float32(density)
     return {
-        source: x * mask_of(place, slice(0, x.shape[0]), x.shape[1]) / scale
+        source: x * mask_of(place, slice(0, x.shape[0]), x.shape[1]) / np.float32(densities[source])
         for place, (source, x) in enumerate(layer.items())
     }
 
@@ -155,17 +153,18 @@ def _pruned_sum(layer: Layer, thresholds: Sequence[float]) -> Array:
 
 
 def _global_thresholds(
-    coordinates: Callable[[], Iterator[Layer]], sources: int, density: float
+    coordinates: Callable[[], Iterator[Layer]], densities: Sequence[float]
 ) -> list[float]:
     """The bits of a non-negative float32 are ordered as its value: count the upper half of the bits
     first, then the lower half within the one upper half that holds the threshold."""
+    sources = len(densities)
     upper = np.zeros((sources, 1 << 16), dtype=np.int64)
     for layer in coordinates():
         for source, x in layer.items():
             bits = _magnitude_bits(x)
             upper[source] += np.bincount(bits >> 16, minlength=1 << 16)
     sizes = upper.sum(axis=1)
-    wanted = sizes - (sizes * density).astype(np.int64)
+    wanted = sizes - (sizes * np.asarray(densities)).astype(np.int64)
     cumulative = upper.cumsum(axis=1)
     high = [int(np.searchsorted(c, k)) for c, k in zip(cumulative, wanted, strict=True)]
     lower = np.zeros((sources, 1 << 16), dtype=np.int64)

@@ -42,6 +42,7 @@ from fusekit.adapters.linalg import (
     stack_factors,
 )
 from fusekit.adapters.peft_format import read_array
+from fusekit.checkpoint.dtypes import dtype_named
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 
@@ -89,7 +90,7 @@ class MergeOptions:
             source rank, all others what the method gives.
         parameter_budget: factor entries to spend over all modules instead of one rank, shared out
             by singular values.
-        density: fraction of entries kept, for methods that drop entries.
+        density: fraction of entries kept, for methods that drop entries; one, or one per adapter.
         majority_sign_method: TIES elects by sum of values (`total`) or of signs (`frequency`).
         convention: `peft` reproduces PEFT's `add_weighted_adapter`. `fusekit` differs where that
             surprises: linear types divide by the root of the total weight, so that merging copies
@@ -98,6 +99,8 @@ class MergeOptions:
         svd: decomposition of dense results: exact, randomized, or by size.
         replacements: full-rank tensors that several sources hold and that differ: refuse (`error`),
             take the `first`, or `average` by weight.
+        dtype: element type of the merged factors, such as `bfloat16`. Default: that of the sources,
+            or float32 where they differ.
         seed: of random masks, test matrices and clusters.
         knots_basis: the side whose common basis KnOTS takes.
         lego: options of LoRA-LEGO.
@@ -105,14 +108,23 @@ class MergeOptions:
 
     rank: int | None = None
     parameter_budget: int | None = None
-    density: float | None = None
+    density: float | Sequence[float] | None = None
     majority_sign_method: MajoritySign = "total"
     convention: Literal["fusekit", "peft"] = "fusekit"
     svd: Literal["auto", "exact", "randomized"] = "auto"
     replacements: Literal["error", "first", "average"] = "error"
+    dtype: str | None = None
     seed: int = 0
     knots_basis: Literal["output", "input"] = "output"
     lego: LegoOptions = dataclasses.field(default_factory=LegoOptions)
+
+    def densities(self, count: int) -> list[float]:
+        """The fraction kept of each of `count` adapters; 1 where none is given."""
+        if self.density is None:
+            return [1.0] * count
+        if isinstance(self.density, (int, float)):
+            return [float(self.density)] * count
+        return list(self.density)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -172,7 +184,7 @@ def merge_adapters(
     config = _shared_config(adapters)
     replacements = _merged_replacements(adapters, weights, options)
     label = f"{method} of {len(adapters)} adapters"
-    untouched = options.rank is None and options.parameter_budget is None
+    untouched = options.rank is None and options.parameter_budget is None and options.dtype is None
     if len(adapters) == 1 and weights[0] == 1 and untouched and not method.startswith("lora_lego"):
         return dataclasses.replace(adapters[0], label=label)
     modules = _MergedModules(pool, _combiner(pool, method, options), options)
@@ -192,7 +204,7 @@ def _checked_weights(
     if not adapters:
         raise FusekitError("no adapters to merge")
     if weights is None:
-        weights = [1.0 if method in AVERAGING else 1.0 / len(adapters)] * len(adapters)
+        weights = [default_weight(method, len(adapters))] * len(adapters)
     if len(weights) != len(adapters):
         raise FusekitError(f"{len(weights)} weights for {len(adapters)} adapters")
     if not all(math.isfinite(weight) for weight in weights):
@@ -200,15 +212,26 @@ def _checked_weights(
     needs_density = method.startswith(("ties", "dare", "magnitude_prune", "knots_dare"))
     if needs_density and options.density is None:
         raise FusekitError(f"method {method!r} needs a density, the fraction of entries kept")
-    if options.density is not None and not 0 <= options.density <= 1:
-        raise FusekitError(f"density is {options.density}, expected 0 to 1")
-    if "dare" in method and options.density == 0:
-        raise FusekitError("density is 0: DARE divides by it, expected more than 0")
+    densities = options.densities(len(adapters))
+    if len(densities) != len(adapters):
+        raise FusekitError(f"{len(densities)} densities for {len(adapters)} adapters")
+    for density in densities:
+        if not 0 <= density <= 1:
+            raise FusekitError(f"density is {density}, expected 0 to 1")
+        if "dare" in method and density == 0:
+            raise FusekitError("density is 0: DARE divides by it, expected more than 0")
+    if options.dtype is not None and not dtype_named(options.dtype).is_float:
+        raise FusekitError(f"dtype is {options.dtype!r}, expected a floating-point type")
     if options.rank is not None and options.rank < 1:
         raise FusekitError(f"rank is {options.rank}, expected 1 or more")
     if options.rank is not None and options.parameter_budget is not None:
         raise FusekitError("rank and parameter_budget exclude each other")
     return list(weights)
+
+
+def default_weight(method: str, adapters: int) -> float:
+    """What an adapter counts if no weight is given: 1 for methods that average, else 1/n."""
+    return 1.0 if method in AVERAGING else 1.0 / adapters
 
 
 class _Pool:
@@ -283,6 +306,7 @@ class _MergedModules(Mapping[str, LoraModule]):
         self._combine = combine_parts
         self._split = "left" if options.convention == "peft" else "balanced"
         self._rank = options.rank
+        self._dtype = None if options.dtype is None else dtype_named(options.dtype).numpy
         self._ranks: Mapping[str, int] | None = None
         if options.parameter_budget is not None:
             self._ranks = self._allocated(options.parameter_budget)
@@ -301,7 +325,7 @@ class _MergedModules(Mapping[str, LoraModule]):
         width = max(1, *(A.shape[0] for A, _ in factors))
         A, B = _joined([pad_rank(A, B, width) for A, B in factors])
         first = parts[0].module
-        dtype = common_dtype([array for p in parts for array in (p.module.A, p.module.B)])
+        dtype = self._dtype or common_dtype([x for p in parts for x in (p.module.A, p.module.B)])
         biases = [
             np.float32(part.coefficient) * part.module.bias.astype(np.float32)
             for part in parts
@@ -423,13 +447,23 @@ def _factor_space(
     else:
         on_a = [math.copysign(math.sqrt(s), c) for s, (_, _, c) in zip(sizes, triples, strict=True)]
         on_b = [math.sqrt(size) for size in sizes]
-    density = 1.0 if options.density is None else options.density
+    densities = _densities(parts, options)
     rule = options.majority_sign_method
     A = combine(
-        combination, [a for a, _ in padded], on_a, density, rule, _masks(name, "A", parts, options)
+        combination,
+        [a for a, _ in padded],
+        on_a,
+        densities,
+        rule,
+        _masks(name, "A", parts, options),
     )
     B = combine(
-        combination, [b for _, b in padded], on_b, density, rule, _masks(name, "B", parts, options)
+        combination,
+        [b for _, b in padded],
+        on_b,
+        densities,
+        rule,
+        _masks(name, "B", parts, options),
     )
     return A, B
 
@@ -470,12 +504,15 @@ def _combined_delta(
     rows, columns = parts[0].B.shape[0], parts[0].A.shape[1]
     step = max(1, BLOCK_BYTES // (4 * columns * len(parts)))
     blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    density = 1.0 if options.density is None else options.density
+    densities = _densities(parts, options)
     weights = [part.weight for part in parts]
     majority = options.majority_sign_method if combination.elect else None
     mask_of = _masks(name, "delta", parts, options)
-    prune = combination.sparsify == "magnitude" and density < 1
-    limits = [_delta_threshold(part, blocks, density) if prune else (0.0, 0) for part in parts]
+    prune = combination.sparsify == "magnitude" and min(densities) < 1
+    limits = [
+        _delta_threshold(part, blocks, density) if prune else (0.0, 0)
+        for part, density in zip(parts, densities, strict=True)
+    ]
     delta = np.empty((rows, columns), dtype=np.float32)
     for block in blocks:
         updates = [_delta_rows(part, block) for part in parts]
@@ -484,11 +521,18 @@ def _combined_delta(
                 mask, spare = above(np.abs(update), *limits[i])
                 limits[i] = (limits[i][0], spare)
                 update *= mask
-        elif combination.sparsify == "random" and density < 1:
+        elif combination.sparsify == "random":
             for i, update in enumerate(updates):
-                update *= mask_of(i, block, columns) / np.float32(density)
+                if densities[i] < 1:
+                    update *= mask_of(i, block, columns) / np.float32(densities[i])
         delta[block] = weighted_sum(updates, weights, majority)
     return delta
+
+
+def _densities(parts: Sequence[_Part], options: MergeOptions) -> list[float]:
+    """The fraction kept of every part."""
+    by_source = options.densities(1 + max(part.source for part in parts))
+    return [by_source[part.source] for part in parts]
 
 
 def _delta_threshold(part: _Part, blocks: Sequence[slice], density: float) -> tuple[float, int]:
@@ -520,8 +564,9 @@ class _Knots:
         self._options = options
         self._rule: Literal["ties", "linear"] = "linear" if method == "knots_linear" else "ties"
         self._drop = method == "knots_dare_ties"
-        density = 1.0 if options.density is None or self._drop else options.density
-        self._agreement = Agreement(self._all_coordinates, len(pool.adapters), density)
+        self._densities = options.densities(len(pool.adapters))
+        kept = [1.0] * len(pool.adapters) if self._drop else self._densities
+        self._agreement = Agreement(self._all_coordinates, kept)
 
     def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
         basis, layer = self._aligned(name, parts)
@@ -537,9 +582,9 @@ class _Knots:
             [(A, B, part.module.scaling) for (A, B), part in zip(sides, parts, strict=True)]
         )
         layer: Layer = {part.source: aligned.coordinates(i) for i, part in enumerate(parts)}
-        if self._drop and self._options.density is not None:
+        if self._drop:
             draw = _masks(name, "coordinates", parts, self._options)
-            layer = dropped(layer, self._options.density, draw)
+            layer = dropped(layer, self._densities, draw)
         return aligned.U.astype(np.float32), layer
 
     def _all_coordinates(self) -> Iterator[Layer]:
@@ -553,7 +598,7 @@ def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) 
 
     Rows must be asked for in order.
     """
-    density = 1.0 if options.density is None else options.density
+    densities = _densities(parts, options)
     generators = [
         np.random.Generator(np.random.Philox(_key(options.seed, part.source, name, what)))
         for part in parts
@@ -561,7 +606,7 @@ def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) 
 
     def draw(position: int, rows: slice, columns: int) -> Array:
         shape = (rows.stop - rows.start, columns)
-        return (generators[position].random(shape) < density).astype(np.float32)
+        return (generators[position].random(shape) < densities[position]).astype(np.float32)
 
     return draw
 

@@ -26,7 +26,15 @@ from fusekit.adapters.peft_format import (
     is_dotted_suffix,
 )
 from fusekit.checkpoint.dtypes import dtype_of
+from fusekit.checkpoint.writer import partial_folder, publish_folder
+from fusekit.engine.checksum import ChunkDigests
 from fusekit.errors import CheckpointError, FusekitError
+
+MANIFEST_NAME = "manifest.json"
+COPY_BYTES = 1 << 22
+"""Data that must move within the file moves in pieces of this size."""
+ENTRY_BYTES = 120
+"""About what one tensor takes in the header beside its module's name."""
 
 
 class AdapterWriter:
@@ -41,6 +49,10 @@ class AdapterWriter:
         config: fields carried over into adapter_config.json: `base_model_name_or_path`,
             `revision`, `task_type`, and `modules_to_save` and `bias` as hints for replacements.
         provenance: extra string metadata for the weights file's header.
+        manifest: what manifest.json says beside the checksum of every tensor; None writes none.
+        overwrite: replace the folder if it exists, once the new one is complete.
+        header_room: bytes to leave for the header at the start of the file. A longer header, which
+            is known only at the end, costs one more copy of the data.
 
     Raises:
         CheckpointError: the folder exists, or (on closing) the modules cannot be described by one
@@ -52,16 +64,25 @@ class AdapterWriter:
         folder: str | Path,
         config: Mapping[str, Any] | None = None,
         provenance: Mapping[str, str] | None = None,
+        *,
+        manifest: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        header_room: int = 0,
     ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        taken = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
+        if taken and not overwrite:
             raise CheckpointError(f"{folder}: already exists; adapters are written to new folders")
         self._config = dict(config or {})
         self._metadata = {"format": "pt", **(provenance or {})}
-        self._work = self.folder.with_name(self.folder.name + ".partial")
+        self._manifest = manifest
+        self._checksums: dict[str, str] = {}
+        self._work = partial_folder(self.folder)
         shutil.rmtree(self._work, ignore_errors=True)
         self._work.mkdir(parents=True)
-        self._data = (self._work / "data").open("wb")
+        self._data = (self._work / WEIGHTS_NAME).open("w+b")
+        self._room = -(-header_room // 8) * 8
+        self._data.seek(8 + self._room)
         self._header: dict[str, dict[str, Any]] = {}
         self._modules: dict[str, _Written] = {}
         self._replaced: list[str] = []
@@ -124,33 +145,61 @@ class AdapterWriter:
         self._replaced.append(name)
 
     def _put(self, name: str, tensor: Array) -> None:
-        start = self._data.tell()
-        np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).tofile(self._data)
-        self._header[KEY_PREFIX + name] = {
+        key, begin = KEY_PREFIX + name, 8 + self._room
+        start = self._data.tell() - begin
+        content = np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)
+        self._data.write(content.data)
+        self._header[key] = {
             "dtype": dtype_of(tensor.dtype).name,
             "shape": list(tensor.shape),
-            "data_offsets": [start, self._data.tell()],
+            "data_offsets": [start, self._data.tell() - begin],
         }
+        if self._manifest is not None:
+            self._checksums[key] = _checksum(content, tensor.size, tensor.dtype.itemsize)
 
     def _finish(self) -> None:
         config = self._peft_config()
+        self._write_header()
+        self._data.flush()
+        os.fsync(self._data.fileno())
         self._data.close()
+        self._add_file(CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True))
+        if self._manifest is not None:
+            tensors = {key: {"file": WEIGHTS_NAME, **self._described(key)} for key in self._header}
+            content = {**self._manifest, "tensors": tensors}
+            self._add_file(MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False))
+        publish_folder(self._work, self.folder)
+
+    def _described(self, key: str) -> dict[str, Any]:
+        """A tensor as manifests describe it."""
+        entry = self._header[key]
+        checksum = self._checksums[key]
+        return {"dtype": entry["dtype"], "shape": entry["shape"], "checksum": checksum}
+
+    def _add_file(self, name: str, text: str) -> None:
+        with (self._work / name).open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _write_header(self) -> None:
+        """Put the header before the data, which moves if the room left for it is too small."""
         header = json.dumps({"__metadata__": self._metadata, **self._header}).encode()
-        header += b" " * (-len(header) % 8)
-        with (
-            (self._work / WEIGHTS_NAME).open("wb") as out,
-            (self._work / "data").open("rb") as data,
-        ):
-            out.write(len(header).to_bytes(8, "little") + header)
-            shutil.copyfileobj(data, out, 1 << 22)
-            out.flush()
-            os.fsync(out.fileno())
-        (self._work / "data").unlink()
-        text = json.dumps(config, indent=2, sort_keys=True)
-        (self._work / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
-        if self.folder.exists():
-            self.folder.rmdir()
-        self._work.rename(self.folder)
+        length = max(-(-len(header) // 8) * 8, self._room)
+        if length > self._room:
+            self._move_data(8 + self._room, 8 + length)
+        self._data.seek(0)
+        self._data.write(length.to_bytes(8, "little") + header.ljust(length))
+
+    def _move_data(self, begin: int, target: int) -> None:
+        """Copy everything from one place of the file to a later one, the end first."""
+        end = self._data.seek(0, os.SEEK_END)
+        for stop in range(end, begin, -COPY_BYTES):
+            start = max(begin, stop - COPY_BYTES)
+            self._data.seek(start)
+            piece = self._data.read(stop - start)
+            self._data.seek(start - begin + target)
+            self._data.write(piece)
 
     def _peft_config(self) -> dict[str, Any]:
         if not self._modules:
@@ -251,7 +300,14 @@ class _Written:
     out: int
 
 
-def write_adapter(adapter: Adapter, folder: str | Path, threads: int | None = None) -> Path:
+def write_adapter(
+    adapter: Adapter,
+    folder: str | Path,
+    threads: int | None = None,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
     """Write an adapter as a PEFT folder; tensors and scalings survive bit for bit.
 
     Modules of rank 0 are left out. Raises as `AdapterWriter`.
@@ -259,8 +315,14 @@ def write_adapter(adapter: Adapter, folder: str | Path, threads: int | None = No
     Args:
         threads: modules computed at once, for adapters that compute them at access. Default: the
             number of processors. The result does not depend on it.
+        manifest: what manifest.json says beside the checksum of every tensor; None writes none.
+        overwrite: replace the folder if it exists, once the new one is complete.
     """
-    with AdapterWriter(folder, adapter.config) as writer:
+    room = sum(2 * (len(name) + ENTRY_BYTES) for name in adapter.modules)
+    room += sum(len(name) + ENTRY_BYTES for name in adapter.replacements)
+    with AdapterWriter(
+        folder, adapter.config, manifest=manifest, overwrite=overwrite, header_room=room
+    ) as writer:
         for module in _computed(adapter.modules, threads or os.cpu_count() or 1):
             if module.rank > 0:
                 writer.add(module)
@@ -287,6 +349,14 @@ def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraM
         finally:
             for future in ahead:
                 future.cancel()
+
+
+def _checksum(content: Array, size: int, itemsize: int) -> str:
+    digests = ChunkDigests(size)
+    running = digests.from_chunk(0)
+    running.update(content, itemsize)
+    running.close()
+    return digests.hexdigest()
 
 
 def _targets(paths: list[str]) -> list[str] | str:

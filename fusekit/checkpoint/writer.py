@@ -110,18 +110,23 @@ class CheckpointWriter:
         """Flush, close and rename the folder into place; a folder it replaces goes last."""
         self.flush()
         self.close()
-        for folder in {self.folder, *(path.parent for path in self.folder.rglob("*"))}:
-            _fsync_folder(folder)
-        retired = None
-        if self.target.exists():
-            retired = self.target.with_name(self.target.name + ".replaced")
-            if retired.exists():
-                shutil.rmtree(retired)
-            self.target.rename(retired)
-        self.folder.rename(self.target)
-        _fsync_folder(self.target.absolute().parent)
-        if retired is not None:
+        publish_folder(self.folder, self.target)
+
+
+def publish_folder(folder: Path, target: Path) -> None:
+    """Rename a folder of flushed files into place; a folder it replaces goes last."""
+    for each in {folder, *(path.parent for path in folder.rglob("*"))}:
+        _fsync_folder(each)
+    retired = None
+    if target.exists():
+        retired = target.with_name(target.name + ".replaced")
+        if retired.exists():
             shutil.rmtree(retired)
+        target.rename(retired)
+    folder.rename(target)
+    _fsync_folder(target.absolute().parent)
+    if retired is not None:
+        shutil.rmtree(retired)
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -356,7 +356,7 @@ def test_global_thresholds_are_exact_order_statistics(seed, density):
         {0: rng.standard_normal((3, 5)).astype("f4"), 1: rng.standard_normal((3, 5)).astype("f4")},
         {1: rng.standard_normal((2, 4)).astype("f4")},
     ]
-    found = Agreement(lambda: iter(layers), 2, density).thresholds
+    found = Agreement(lambda: iter(layers), [density] * 2).thresholds
     for source in range(2):
         values = np.sort(np.abs(np.concatenate([x[source].ravel() for x in layers if source in x])))
         assert found[source] == values[len(values) - int(len(values) * density) - 1]
@@ -368,7 +368,7 @@ def test_entries_that_cancel_follow_the_whole_models_majority(majority):
     other = np.array([[-2.0, 1.0, 0.0]], np.float32)
     rest = np.full((1, 9), majority, np.float32)
     layers = [{0: one, 1: other}, {0: rest}]
-    agreement = Agreement(lambda: iter(layers), 2, 1.0)
+    agreement = Agreement(lambda: iter(layers), [1.0, 1.0])
     merged = merge_coordinates(layers[0], [1.0, 1.0], "ties", agreement)
     np.testing.assert_array_equal(merged, [[2.0 * majority, 3.0, 0.0]])
 
@@ -541,3 +541,34 @@ def test_all_zero_weights_give_a_zero_adapter(tmp_path):
         again = load_adapter(tmp_path / method)
         assert all(np.all(module.delta() == 0) for module in again.modules.values())
         assert json.loads((tmp_path / method / "adapter_config.json").read_text())["r"] >= 1
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if options_for(m).density is not None])
+def test_every_adapter_can_have_a_density_of_its_own(method):
+    adapters = [random_adapter(seed, SHAPES, rank=3) for seed in range(2)]
+    both = merge_adapters(adapters, method, options=MergeOptions(density=[0.4, 0.9]))
+    same = merge_adapters(adapters, method, options=MergeOptions(density=[0.6, 0.6]))
+    one = merge_adapters(adapters, method, options=MergeOptions(density=0.6))
+    alone = merge_adapters(adapters, method, [1.0, 0.0], MergeOptions(density=[0.6, 1.0]))
+    other = merge_adapters(adapters, method, [1.0, 0.0], MergeOptions(density=[0.6, 0.1]))
+    for name in SHAPES:
+        np.testing.assert_array_equal(delta_of(same, name), delta_of(one, name))
+        assert np.abs(delta_of(both, name) - delta_of(one, name)).max() > 1e-3
+        if "ties" not in method:  # where nobody votes, an adapter of weight 0 leaves no trace
+            np.testing.assert_allclose(delta_of(alone, name), delta_of(other, name), atol=1e-5)
+
+
+def test_densities_that_do_not_fit_are_refused():
+    adapters = [random_adapter(seed, SHAPES) for seed in range(2)]
+    with pytest.raises(FusekitError, match="3 densities for 2 adapters"):
+        merge_adapters(adapters, "ties", options=MergeOptions(density=[0.5] * 3))
+    with pytest.raises(FusekitError, match=r"density is 1\.5, expected 0 to 1"):
+        merge_adapters(adapters, "ties", options=MergeOptions(density=[0.5, 1.5]))
+
+
+def test_factors_can_be_stored_in_another_type():
+    adapters = [random_adapter(seed, SHAPES) for seed in range(2)]
+    merged = merge_adapters(adapters, "cat", options=MergeOptions(dtype="bfloat16"))
+    assert merged.modules["a.weight"].A.dtype.name == "bfloat16"
+    with pytest.raises(FusekitError, match="dtype is 'int8', expected a floating-point type"):
+        merge_adapters(adapters, "cat", options=MergeOptions(dtype="int8"))
