@@ -9,6 +9,8 @@ from fusekit.methods import matrix
 from fusekit.methods.base import Combine, Copy, Method, Parameter, Summary, Tensor
 from fusekit.methods.combines import linear
 from fusekit.methods.wholes import (
+    EMBEDDINGS,
+    HEADS,
     OTHERS,
     exclude,
     is_excluded,
@@ -47,6 +49,11 @@ def _iso_cts(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
     update: torch.Tensor = matrix.iso.common_and_specific(
         deltas, tensor["common_space_fraction"], tensor["rank"] == "numerical"
     ).update
+    return update
+
+
+def _knots(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+    update: torch.Tensor = matrix.knots.merge(deltas, tensor["rule"], tensor["density"])
     return update
 
 
@@ -151,5 +158,40 @@ METHODS = (
         ),
         use_when="As iso_c, with many (10 and more) tasks.",
         caveats=_CAVEAT,
+    ),
+    _method(
+        "knots",
+        "KnOTS",
+        _knots,
+        rule=mean_of_the_rest,
+        summary="Express all task vectors in one left basis, then merge their coordinates by TIES.",
+        formula="y = base + lambda U merge_i(U^T d_i),  U S V^T = [d_1 .. d_T],  d_i = x_i - base",
+        references=(
+            "Stoica et al., Model merging with SVD to tie the Knots, ICLR 2025, arXiv 2410.19735",
+        ),
+        parameters=(
+            scale(),
+            Parameter(
+                "rule",
+                "choice",
+                "ties: elect signs and average what agrees; sum: add up (task arithmetic).",
+                default="ties",
+                choices=("ties", "sum"),
+            ),
+            Parameter(
+                "density",
+                "float",
+                "Share of the coordinates kept, the largest of the tensor first.",
+                default=1.0,
+                above=0.0,
+                maximum=1.0,
+            ),
+            *exclude(f"{EMBEDDINGS}|{HEADS}"),
+        ),
+        use_when="Related tasks whose updates lie in poorly aligned subspaces, such as LoRAs'.",
+        caveats=(
+            "Thresholds and majority signs are taken per tensor; for LoRA adapters, `fusekit "
+            "adapter` merges from the factors alone, with thresholds over the whole model."
+        ),
     ),
 )

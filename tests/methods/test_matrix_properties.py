@@ -43,7 +43,7 @@ def draw(seed: int, shape: tuple[int, int], count: int = 3) -> list[torch.Tensor
 
 
 def rotation(seed: int, size: int) -> torch.Tensor:
-    return torch.linalg.qr(draw(seed, (size, size), 1)[0].double()).Q.float()
+    return torch.linalg.qr(draw(seed, (size, size), 1)[0].double()).Q
 
 
 def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-4) -> None:
@@ -65,7 +65,7 @@ def test_order_of_models_does_not_matter(merge: Merge, seed: int, shape: tuple[i
 def test_rotating_both_sides_rotates_the_result(
     merge: Merge, seed: int, shape: tuple[int, int]
 ) -> None:
-    deltas = draw(seed, shape)
+    deltas = [delta.double() for delta in draw(seed, shape)]
     left, right = rotation(seed + 1, shape[0]), rotation(seed + 2, shape[1])
     rotated = merge([left @ delta @ right for delta in deltas])
     assert_near(rotated, left @ merge(deltas) @ right, 3e-4)
@@ -170,7 +170,7 @@ def test_numerical_rank_leaves_directions_without_strength_alone() -> None:
 def test_projection_leaves_nothing_on_the_protected_pairs(
     seed: int, shape: tuple[int, int], alpha: float
 ) -> None:
-    update, delta = draw(seed, shape, 2)
+    update, delta = (matrix.double() for matrix in draw(seed, shape, 2))
     kept = opcm.project(update, delta, alpha=alpha)
     U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
     rank = opcm.occupied_rank(S, alpha)
@@ -181,7 +181,7 @@ def test_projection_leaves_nothing_on_the_protected_pairs(
 
 
 def test_protecting_all_leaves_nothing_that_touches_a_dominant_direction() -> None:
-    update, delta = draw(31, (9, 7), 2)
+    update, delta = (matrix.double() for matrix in draw(31, (9, 7), 2))
     U, S, Vh = torch.linalg.svd(update.double(), full_matrices=False)
     rank = opcm.occupied_rank(S, 0.6)
     assert rank > 0
@@ -372,3 +372,22 @@ def test_updates_are_the_basis_times_their_coordinates(seed: int, shape: tuple[i
         assert_near(aligned.U @ own, delta, 1e-5)
     joint = torch.linalg.svdvals(torch.cat(deltas, dim=1).double())
     torch.testing.assert_close(aligned.S, joint[: len(aligned.S)], rtol=1e-6, atol=1e-7)
+
+
+def test_knots_without_election_adds_the_task_vectors() -> None:
+    deltas = draw(91, (9, 7))
+    assert_near(knots.merge(deltas, "sum"), sum(deltas), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(9, 7), (5, 12)])
+def test_knots_turns_with_the_output_side(shape: tuple[int, int]) -> None:
+    deltas, left = draw(92, shape), rotation(93, shape[0]).float()
+    turned = knots.merge([left @ delta for delta in deltas], "ties", 0.4)
+    assert_near(turned, left @ knots.merge(deltas, "ties", 0.4), 1e-3)
+
+
+def test_knots_keeps_the_published_number_of_coordinates() -> None:
+    (delta,) = draw(94, (10, 10), 1)
+    aligned = knots.align([delta])
+    found = aligned.U.T @ knots.merge([delta], "ties", 0.2)
+    assert int((found.abs() > 1e-5).sum()) == int(100 * 0.2) + 1

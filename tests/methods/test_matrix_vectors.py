@@ -80,6 +80,20 @@ def test_optmerge(name: str) -> None:
     assert_close(found, case.merged, 2e-6, 1e-4)
 
 
+@pytest.mark.parametrize("name", ["case1", "case2"])
+def test_knots(name: str) -> None:
+    case = read_case("knots", name)
+    assert case.base is not None
+    models = [
+        {tensor: case.base[tensor] + update[tensor] for tensor in update} for update in case.models
+    ]
+    rule = {"ties": "ties", "tv": "sum"}[case.about["merge_method"]]
+    options = {"rule": rule, "density": 1.0, "lambda": case.about["scaling"]}
+    merged = merge_state_dicts(models, base=case.base, method="knots", parameters=options)
+    update = {tensor: merged[tensor] - case.base[tensor] for tensor in case.merged}
+    assert_close(update, case.merged, 2e-4)
+
+
 def saved(folder: Path, groups: list[dict[str, np.ndarray]], kind: str) -> list[dict[str, str]]:
     """Statistics files, as per-model parameters."""
     each = []

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusekit.methods.matrix.linalg import all_triples, orthogonalized_product, total, triples
+from fusekit.methods.matrix.linalg import all_triples, orthogonalized_product, polar, total, triples
 
 
 class Isotropic(NamedTuple):
@@ -32,9 +32,9 @@ def common(deltas: Sequence[Tensor], numerical: bool = False) -> Isotropic:
         arXiv 2502.04959.
     """
     summed = total(deltas)
-    found = triples(summed) if numerical else all_triples(summed)
-    sigma = _mean(found.S)
-    return Isotropic((sigma * (found.U @ found.V.T)).to(deltas[0].dtype), sigma)
+    direction, S = polar(summed, numerical)
+    sigma = _mean(S)
+    return Isotropic((sigma * direction).to(deltas[0].dtype), sigma)
 
 
 def _mean(values: Tensor) -> float:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 SINGULAR_CUTOFF = 1e-5
 """Components of the joint decomposition with singular values at or below this are dropped."""
+
+
+Rule = Literal["ties", "sum"]
 
 
 class Aligned(NamedTuple):
@@ -45,3 +48,40 @@ def align(deltas: Sequence[Tensor]) -> Aligned:
     U = vectors.flip(1)[:, :rank]
     coordinates = [(U.T @ delta.double()).to(delta.dtype) for delta in deltas]
     return Aligned(U.to(deltas[0].dtype), S[:rank], coordinates)
+
+
+def merge(deltas: Sequence[Tensor], rule: Rule = "ties", density: float = 1.0) -> Tensor:
+    """Task vectors merged by entries of their aligned coordinates: `U M`.
+
+    `ties` keeps, of every task, the entries of at least its (d - int(d density))-th smallest
+    magnitude (all at density 1), elects a sign per entry by their sum (where that is zero, the sign
+    that most entries have), and averages the kept entries of that sign; `sum` adds the kept
+    entries, which at density 1 is the plain sum of the task vectors.
+
+    Args:
+        deltas: T task vectors (m, n).
+        rule: how coordinates are merged.
+        density: share of the entries that is kept, in (0, 1].
+
+    References:
+        "Model merging with SVD to tie the Knots", arXiv 2410.19735.
+    """
+    aligned = align(deltas)
+    if not len(aligned.S):
+        return torch.zeros_like(deltas[0])
+    kept = torch.stack([_trimmed(x, density) for x in aligned.coordinates])
+    if rule == "sum":
+        return aligned.U @ kept.sum(0)
+    elected = kept.sum(0).sign()
+    elected = torch.where(elected == 0, elected.sum().sign(), elected)
+    agreeing = torch.where(kept.sign() == elected, kept, torch.zeros_like(kept))
+    return aligned.U @ (agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1))
+
+
+def _trimmed(x: Tensor, density: float) -> Tensor:
+    """The entries that stay, zeros elsewhere."""
+    dropped = x.numel() - int(x.numel() * density)
+    if density >= 1.0 or dropped < 1:
+        return x
+    threshold = x.abs().flatten().kthvalue(dropped).values
+    return torch.where(x.abs() >= threshold, x, torch.zeros_like(x))

@@ -45,7 +45,7 @@ def triples(matrix: Tensor, count: int | None = None) -> Triples:
         count: how many of the largest are wanted; by default all.
     """
     wide, flip, values, vectors = _eigenpairs(matrix)
-    wanted = int((values > EPS32 * max(matrix.shape) * values[:1]).sum())
+    wanted = _numerical_rank(values, matrix.shape)
     if count is not None:
         wanted = min(count, wanted)
     return _from_gram(wide, flip, values[:wanted], vectors[:, :wanted])
@@ -62,6 +62,30 @@ def all_triples(matrix: Tensor, count: int | None = None) -> Triples:
         U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
         return Triples(U, S, Vh.T).leading(wanted)
     return _from_gram(wide, flip, values[:wanted], vectors[:, :wanted])
+
+
+def polar(matrix: Tensor, numerical: bool = False) -> tuple[Tensor, Tensor]:
+    """`U V^T` for `matrix = U diag(S) V^T`, and S.
+
+    Args:
+        matrix: (m, n).
+        numerical: of the triples that stand out from rounding noise only, as `triples`; otherwise
+            of all min(m, n).
+    """
+    short, flip, S, Q = _eigenpairs(matrix)
+    if numerical:
+        wanted = _numerical_rank(S, matrix.shape)
+        S, Q = S[:wanted], Q[:, :wanted]
+    elif len(S) and S[-1] <= GRAM_LIMIT * S[0]:
+        U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+        return U @ Vh, S
+    factor = ((Q / S) @ Q.T) @ short
+    return factor.T if flip else factor, S
+
+
+def _numerical_rank(values: Tensor, shape: Sequence[int]) -> int:
+    """How many descending singular values stand out from rounding noise."""
+    return int((values > EPS32 * max(shape) * values[:1]).sum())
 
 
 def _eigenpairs(matrix: Tensor) -> tuple[Tensor, bool, Tensor, Tensor]:
@@ -94,11 +118,15 @@ def polar_mixing(columns: Tensor) -> Tensor:
 
 
 def orthogonalized_product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
-    """`polar(U) diag(S) polar(V)^T` for (m, k), (k,), (n, k)."""
+    """`polar(U) diag(S) polar(V)^T` for (m, k), (k,), (n, k) in float64; float32 comes back.
+
+    The mixing is done in float64, where ill-conditioned columns cancel; the last product, the
+    largest one, multiplies well-scaled numbers and is done in float32.
+    """
     core = (polar_mixing(U) * S) @ polar_mixing(V)
     if U.shape[0] <= V.shape[0]:
-        return (U @ core) @ V.T
-    return U @ (core @ V.T)
+        return (U @ core).float() @ V.T.float()
+    return U.float() @ (core @ V.T).float()
 
 
 def total(deltas: Sequence[Tensor]) -> Tensor:

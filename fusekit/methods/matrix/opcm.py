@@ -50,32 +50,31 @@ def project(
             touches one, `T' = (I - U_r U_r^T) T (I - V_r V_r^T)` before the diagonal.
 
     Returns:
-        (m, n) in float64.
+        (m, n), of delta's type; orthonormal bases are found in float64.
 
     References:
         "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual
         Model Merging", arXiv 2501.09522.
     """
-    wide = delta.double()
     found = triples(update)
     rank = occupied_rank(found.S, alpha)
     if not zero_diagonal:
         found = found.leading(rank)
     if not len(found.S):
-        return wide
-    U, V = found.U, found.V
-    right = wide @ V
-    core = torch.zeros((len(found.S), len(found.S)), dtype=wide.dtype, device=wide.device)
+        return delta.clone()
+    U, V = found.U.to(delta.dtype), found.V.to(delta.dtype)
+    right = delta @ V
+    core = torch.zeros((len(found.S), len(found.S)), dtype=delta.dtype, device=delta.device)
     core[:rank, :rank] = U[:, :rank].T @ right[:, :rank]
     if zero_diagonal:
         core.diagonal().copy_((U * right).sum(0))
     removed = _sandwich(U, core, V)
     if protect == "all" and rank:
-        left = U[:, :rank].T @ wide
+        left = U[:, :rank].T @ delta
         removed = removed + U[:, :rank] @ (left - (left @ V[:, :rank]) @ V[:, :rank].T)
         outer = right[:, :rank] - U[:, :rank] @ (U[:, :rank].T @ right[:, :rank])
         removed = removed + outer @ V[:, :rank].T
-    return wide - removed
+    return delta - removed
 
 
 def _sandwich(U: Tensor, core: Tensor, V: Tensor) -> Tensor:
@@ -97,6 +96,6 @@ def add(
     Only matrices (two axes) are projected; any other tensor's task vector is added as it is.
     """
     if update.dim() != 2:
-        return (update.double() + delta).to(delta.dtype)
+        return update + delta
     kept = project(update, delta, alpha=alpha, zero_diagonal=zero_diagonal, protect=protect)
-    return (update.double() + kept).to(delta.dtype)
+    return update + kept
