@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fusekit.calibrate.models import Batch, as_in_use, device_of, forward, mask_of, to_device
 from fusekit.errors import FusekitError
 
-SPLIT_COLUMNS = 1024
+SPLIT_COLUMNS = 512
 """A Gram matrix at least this wide is computed by blocks, those below the diagonal left out."""
 
 

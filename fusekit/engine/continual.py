@@ -62,7 +62,8 @@ def merge(recipe: Recipe, out: Path, *, overwrite: bool = False, **options: Any)
     check_target(out, overwrite)
     state = state_folder(out)
     check_target(state, overwrite)
-    history = History(base, tuple(models), tuple(_norms(base, models)))
+    norms = _norms(base, models, options.get("stream", False))
+    history = History(base, tuple(models), tuple(norms))
     content = _stage(recipe, START, [base, *models], history)
     first = run.merge(content, state, overwrite=overwrite, **options)
     return _added(first, _publish(recipe, out, history, overwrite=overwrite, **options))
@@ -81,7 +82,8 @@ def extend(recipe: Recipe, out: Path, **options: Any) -> run.MergeReport:
     base, models = _models(recipe)
     state = state_folder(out)
     history = read_history(state)
-    if _identity(base) != _identity(history.base):
+    stream = options.get("stream", False)
+    if _identity(base, stream) != _identity(history.base, stream):
         raise RecipeError(
             f"base_model: found {base!r}, but {out} was merged on {history.base!r}; models are "
             "added on the same base"
@@ -94,7 +96,7 @@ def extend(recipe: Recipe, out: Path, **options: Any) -> run.MergeReport:
         )
     report: run.MergeReport | None = None
     for model in models[len(pending) :]:
-        history = history.with_models([model], _norms(base, [model]))
+        history = history.with_models([model], _norms(base, [model], stream))
         content = _stage(recipe, CONTINUE, [str(state), base, model], history)
         step = run.merge(content, state, overwrite=True, **options)
         report = step if report is None else _added(report, step)
@@ -192,8 +194,12 @@ def _scale(norms: Sequence[float], update: TensorSource) -> float:
 def _models(recipe: Recipe) -> tuple[str, list[str]]:
     """The base and the models, of a recipe as simple as continual merging needs it."""
     for key in ("slices", "modules", "layer_scaling", "tokenizer_source", "tokenizer"):
-        if getattr(recipe, key, None) is not None:
+        if getattr(recipe, key) is not None:
             raise RecipeError(f"{key}: {recipe.merge_method} adds whole models; remove it")
+    if recipe.stages:
+        raise RecipeError(
+            f"{recipe.merge_method} takes a recipe of one document; merge the others first"
+        )
     if recipe.base_model is None:
         raise RecipeError(
             f"base_model is missing: {recipe.merge_method} merges differences from it"
@@ -204,24 +210,30 @@ def _models(recipe: Recipe) -> tuple[str, list[str]]:
 
 
 def _located(reference: str, folder: Path | None) -> str:
-    """A reference that means the same from anywhere: local paths become absolute."""
-    for path in (Path(reference), *([folder / reference] if folder else [])):
+    """A reference, such as `model+adapter`, that means the same from anywhere: absolute paths."""
+    return "+".join(_absolute(part, folder) for part in reference.split("+"))
+
+
+def _absolute(part: str, folder: Path | None) -> str:
+    for path in (Path(part), *([folder / part] if folder else [])):
         if path.exists():
             return str(path.resolve())
-    return reference
+    return part
 
 
-def _norms(base: str, models: Sequence[str]) -> list[float]:
+def _norms(base: str, models: Sequence[str], stream: bool) -> list[float]:
     """The norms of the models' task vectors."""
     with contextlib.ExitStack() as stack:
-        origin, *sources = [open_checkpoint(reference).source for reference in (base, *models)]
+        origin, *sources = [
+            open_checkpoint(reference, stream=stream).source for reference in (base, *models)
+        ]
         for source in (origin, *sources):
             stack.callback(source.close)
         return [difference_norm(source, origin) for source in sources]
 
 
-def _identity(reference: str) -> Any:
-    source = open_checkpoint(reference).source
+def _identity(reference: str, stream: bool) -> Any:
+    source = open_checkpoint(reference, stream=stream).source
     try:
         return source.identity()
     finally:

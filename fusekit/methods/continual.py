@@ -11,6 +11,7 @@ from collections.abc import Generator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from fusekit.errors import RecipeError
 from fusekit.methods import matrix
 from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
 from fusekit.methods.combines import linear
@@ -29,6 +30,19 @@ def _add(tensor: Tensor, update: torch.Tensor, delta: torch.Tensor) -> torch.Ten
         protect=tensor["protect"],
     )
     return grown
+
+
+def _alone(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
+    raise RecipeError(_ALONE)
+
+
+def _alone_rest(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+    yield from ()
+    raise RecipeError(_ALONE)
+
+
+_ALONE = "opcm keeps a running update beside its result: merge it by a recipe of its own"
+"""Said where it is one step among others (a document that another one draws on)."""
 
 
 def _start(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
@@ -95,11 +109,11 @@ _OPCM = Method(
             default=EMBEDDINGS,
         ),
     ),
-    rule=_start_rest,
+    rule=_alone_rest,
     base="origin",
     base_required=True,
     whole=is_matrix,
-    matrix=_start,
+    matrix=_alone,
     others="sum of the task vectors, scaled with the rest",
     passes="one over whole matrices, one for the norms, one over the result",
     continual=True,
@@ -128,7 +142,7 @@ def _stage(name: str, **about: Any) -> Method:
 METHODS = (_OPCM,)
 
 STAGES = (
-    _stage("opcm.start", min_models=2),
+    _stage("opcm.start", min_models=2, rule=_start_rest, matrix=_start),
     _stage("opcm.continue", min_models=3, max_models=3, rule=_continue_rest, matrix=_continue),
     _stage(
         "opcm.finish",

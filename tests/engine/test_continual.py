@@ -133,6 +133,38 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
         merge(recipe(base, models), out)
 
 
+def test_it_is_not_one_step_among_others(tmp_path: Path) -> None:
+    case = read_case("opcm", "case0")
+    base, *models = folders(case, tmp_path)
+    first = {**recipe(base, models), "name": "first"}
+    last = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+    last["models"] = [{"model": "first"}, {"model": base}]
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(first) + "\n---\n" + json.dumps(last))
+    with pytest.raises(RecipeError, match="opcm keeps a running update beside its result"):
+        merge(path, tmp_path / "out")
+    first, last = {**last, "models": [{"model": base}], "name": "first"}, recipe(base, ["first"])
+    path.write_text(json.dumps(first) + "\n---\n" + json.dumps(last))
+    with pytest.raises(RecipeError, match="opcm takes a recipe of one document"):
+        merge(path, tmp_path / "out")
+
+
+def test_relative_references_are_remembered_absolutely(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = read_case("opcm", "case0")
+    folders(case, tmp_path)
+    path = tmp_path / "recipe.yml"
+    path.write_text(json.dumps(recipe("base", ["model0"])))
+    merge(path, tmp_path / "out")
+    assert continual.read_history(tmp_path / "out").base == str(tmp_path / "base")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path.write_text(json.dumps(recipe("base", ["model1"])))
+    merge(path, into=tmp_path / "out")
+    assert_close(weights(tmp_path / "out"), case.merged, 1e-6, 1e-5)
+
+
 def test_command_line_adds_into_a_checkpoint(tmp_path: Path) -> None:
     case = read_case("opcm", "case0")
     base, *models = folders(case, tmp_path)
