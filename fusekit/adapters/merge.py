@@ -179,7 +179,7 @@ def merge_adapters(
         "Model merging with SVD to tie the Knots" arXiv 2410.19735.
     """
     options = options or MergeOptions()
-    weights = _checked_weights(adapters, method, weights, options)
+    weights = checked_weights(adapters, method, weights, options)
     pool = _Pool(adapters, weights, base)
     config = _shared_config(adapters)
     replacements = _merged_replacements(adapters, weights, options)
@@ -191,12 +191,17 @@ def merge_adapters(
     return Adapter(label, modules, replacements, config)
 
 
-def _checked_weights(
+def checked_weights(
     adapters: Sequence[Adapter],
     method: str,
     weights: Sequence[float] | None,
     options: MergeOptions,
 ) -> list[float]:
+    """One weight per adapter, after everything that can be refused without reading one.
+
+    Raises:
+        FusekitError: see `merge_adapters`.
+    """
     if method not in METHODS:
         raise FusekitError(
             f"unknown adapter merge method {method!r}{did_you_mean(method, METHODS)}"

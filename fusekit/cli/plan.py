@@ -11,6 +11,7 @@ import typer
 from fusekit.cli.format import size
 
 if TYPE_CHECKING:
+    from fusekit.adapters.recipe import AdapterPlan
     from fusekit.engine.plan import Plan
 
 
@@ -45,10 +46,16 @@ def show(
     stream: bool = False,
 ) -> None:
     """Plan a recipe and print the plan."""
+    from fusekit.adapters.recipe import merges_adapters, plan_adapters
     from fusekit.engine.executor import available_cpus, memory_estimate
     from fusekit.engine.planner import plan as make_plan
+    from fusekit.recipe.schema import load_recipe
 
-    made = make_plan(recipe, out_shard_size=shard_bytes, stream=stream)
+    loaded = load_recipe(recipe)
+    if merges_adapters(loaded):
+        _print_adapters(plan_adapters(loaded), tensors)
+        return
+    made = make_plan(loaded, out_shard_size=shard_bytes, stream=stream)
     try:
         _print_summary(made)
         print(f"memory    about {size(memory_estimate(made, available_cpus()))} of buffers")
@@ -82,6 +89,26 @@ def _print_summary(made: Plan) -> None:
     print(f"read      {size(made.input_bytes)}; passes over it: {passes}")
     shards = len(made.layout.shards)
     print(f"write     {size(made.output_bytes)} in {shards} file{'s' * (shards > 1)}")
+
+
+def _print_adapters(made: AdapterPlan, modules: bool) -> None:
+    print(f"method    {made.method}: adapters are merged into one adapter")
+    densities = made.options.densities(len(made.adapters))
+    for i, nbytes in enumerate(made.input_bytes()):
+        density = "" if made.options.density is None else f", density {densities[i]:g}"
+        count = len(made.adapters[i].modules)
+        print(
+            f"input     {made.references[i]}  {size(nbytes)}, {count} modules, "
+            f"weight {made.weights[i]:g}{density}"
+        )
+    rank = made.options.rank
+    print(f"modules   {len(made.modules)} merged" + (f", to rank {rank}" if rank else ""))
+    print(f"read      {size(sum(made.input_bytes()))}")
+    for name in made.modules if modules else ():
+        holders = [
+            r for r, a in zip(made.references, made.adapters, strict=True) if name in a.modules
+        ]
+        print(f"  {name}  {', '.join(holders)}")
 
 
 def _print_explanation(made: Plan) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import xxhash
 
+from fusekit.adapters.recipe import merges_adapters
 from fusekit.checkpoint.dtypes import DType, dtype_named
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers
@@ -269,4 +270,9 @@ def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES, stream: bool
         >>> import fusekit
         >>> fusekit.plan("recipe.yml").output_bytes  # doctest: +SKIP
     """
-    return plan_recipe(load_recipe(recipe), out_shard_size, stream=stream)
+    loaded = load_recipe(recipe)
+    if merges_adapters(loaded):
+        raise RecipeError(
+            "the recipe merges adapters, which fusekit.adapters.plan_adapters describes"
+        )
+    return plan_recipe(loaded, out_shard_size, stream=stream)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from fusekit.adapters.recipe import merge_recipe as merge_adapter_recipe
+from fusekit.adapters.recipe import merges_adapters
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
@@ -78,9 +80,11 @@ def merge(
     on_compile: Callable[[], None] | None = None,
     stream: bool = False,
 ) -> MergeReport:
-    """Merge models into a new checkpoint folder.
+    """Merge models into a new checkpoint folder, or adapters into a new adapter folder.
 
-    Results that other documents of the recipe are made from go to `<out>.stages` and are kept.
+    Results that other documents of the recipe are made from go to `<out>.stages` and are kept. A
+    recipe whose models are LoRA adapters gives an adapter, in one weight file, started over if
+    it is interrupted.
 
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
@@ -110,6 +114,9 @@ def merge(
         >>> fusekit.merge("recipe.yml", "merged")  # doctest: +SKIP
     """
     loaded = load_recipe(recipe)
+    if merges_adapters(loaded):
+        _refuse_for_adapters(into=into, device=device, allow_nonfinite=allow_nonfinite)
+        return merge_adapter_recipe(loaded, _target(out), threads=threads, overwrite=overwrite)
     if into is not None or find(loaded.merge_method).continual:
         options = {
             "threads": threads,
@@ -119,11 +126,10 @@ def merge(
             "allow_nonfinite": allow_nonfinite,
             "on_progress": on_progress,
             "on_compile": on_compile,
+            "stream": stream,
         }
         return _merge_continually(loaded, out, into, overwrite, options)
-    if out is None:
-        raise FusekitError("out is missing: the folder to create")
-    target = Path(out).resolve()
+    target = _target(out)
     check_target(target, overwrite)
     run = functools.partial(
         run_plan,
@@ -138,6 +144,21 @@ def merge(
     stages = _make_stages(loaded, stages_folder(target), planned, run) if loaded.stages else {}
     with contextlib.closing(planned(loaded, stages=stages)) as plan:
         return run(plan, target)
+
+
+def _target(out: str | Path | None) -> Path:
+    if out is None:
+        raise FusekitError("out is missing: the folder to create")
+    return Path(out).resolve()
+
+
+def _refuse_for_adapters(into: str | Path | None, device: str, allow_nonfinite: bool) -> None:
+    if into is not None:
+        raise FusekitError("into: adapters are merged into a new folder, expected out")
+    if device != "cpu":
+        raise FusekitError(f"device: found {device!r}, but adapters are merged on the cpu")
+    if allow_nonfinite:
+        raise FusekitError("allow_nonfinite: NaN and Inf in adapters are always refused")
 
 
 def _make_stages(

@@ -1,0 +1,397 @@
+"""Recipes whose models are LoRA adapters: checked, described, and merged into one adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+import xxhash
+
+from fusekit.adapters.adapter import Adapter
+from fusekit.adapters.lego import LegoOptions
+from fusekit.adapters.merge import (
+    METHODS,
+    MergeOptions,
+    checked_weights,
+    default_weight,
+    merge_adapters,
+)
+from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
+from fusekit.adapters.peft_writer import write_adapter
+from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
+from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
+from fusekit.checkpoint.references import parse_reference
+from fusekit.engine.checksum import ALGORITHM
+from fusekit.errors import RecipeError, did_you_mean
+from fusekit.methods.base import Parameter
+from fusekit.methods.registry import available
+from fusekit.recipe.schema import ModelEntry, Recipe
+
+if TYPE_CHECKING:
+    from fusekit.engine.run import MergeReport
+
+ALIASES = {"task_arithmetic": "cat"}
+"""Names of the recipe language for what an adapter method does exactly."""
+
+NOT_FOR_ADAPTERS = (
+    "slices",
+    "modules",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+    "layer_scaling",
+)
+
+_WEIGHT = Parameter(
+    "weight", "float", "Multiplier of the adapter's update; may be negative.", None, per_model=True
+)
+_DENSITY = Parameter(
+    "density",
+    "float",
+    "Fraction of entries kept.",
+    None,
+    per_model=True,
+    minimum=0.0,
+    maximum=1.0,
+)
+
+
+def _choice(name: str, source: type, help_text: str) -> Parameter:
+    """A parameter that takes the words of a field of the options, with its default."""
+    field = next(field for field in dataclasses.fields(source) if field.name == name)
+    words = get_args(get_type_hints(source)[name])
+    return Parameter(name, "choice", help_text, field.default, choices=words)
+
+
+_COMMON = (
+    _WEIGHT,
+    Parameter("lambda", "float", "Scale of the merged update.", 1.0),
+    Parameter("normalize", "bool", "Divide the weights by their sum.", None),
+    Parameter("rank", "int", "Rank of the result.", None, minimum=1),
+    Parameter("parameter_budget", "int", "Factor entries for all modules.", None, minimum=1),
+    _choice("convention", MergeOptions, "peft: as PEFT's add_weighted_adapter."),
+    _choice("replacements", MergeOptions, "Tensors that several adapters save whole."),
+)
+_SVD = _choice("svd", MergeOptions, "Decomposition of dense results.")
+_MAJORITY = _choice("majority_sign_method", MergeOptions, "What TIES counts.")
+_BASIS = _choice("knots_basis", MergeOptions, "Side whose common basis KnOTS takes.")
+_LEGO = (
+    Parameter("iterations", "int", "Rounds of k-means.", 10, minimum=1),
+    Parameter("restarts", "int", "Runs of k-means, of which the best is used.", 1, minimum=1),
+    _choice("feature", LegoOptions, "Cluster pieces at unit length, or raw."),
+    _choice("norm", LegoOptions, "The norm that parameter reweighting restores."),
+    Parameter("parameter_reweighting", "bool", "Give centres their members' mean norm.", True),
+    Parameter("output_reweighting", "bool", "Scale by sqrt(source rank / output rank).", True),
+    Parameter("canonicalize", "bool", "Align signs and sizes of pieces first.", False),
+)
+
+
+def parameters_of(method: str) -> tuple[Parameter, ...]:
+    """The parameters a recipe may give an adapter method.
+
+    >>> [p.name for p in parameters_of("cat")][:3]
+    ['weight', 'lambda', 'normalize']
+    """
+    found = list(_COMMON)
+    if method.startswith(("ties", "dare", "magnitude_prune", "knots")):
+        found.append(_DENSITY)
+    if "ties" in method and not method.startswith("knots"):
+        found.append(_MAJORITY)
+    if method.endswith("svd"):
+        found.append(_SVD)
+    if method.startswith("knots"):
+        found.append(_BASIS)
+    if method == "lora_lego":
+        found += _LEGO
+    return tuple(found)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class AdapterPlan:
+    """A recipe of adapters, checked: what is merged, and how.
+
+    Attributes:
+        method: one of `fusekit.adapters.METHODS`.
+        folders: the adapters' folders or files, in the order of the recipe.
+        weights: what each adapter counts, `normalize` and `lambda` included.
+        options: see `MergeOptions`.
+    """
+
+    recipe: Recipe
+    method: str
+    folders: tuple[Path, ...]
+    adapters: tuple[Adapter, ...]
+    weights: tuple[float, ...]
+    options: MergeOptions
+    base: Checkpoint | None
+
+    @property
+    def references(self) -> list[str]:
+        return [entry.model for entry in self.recipe.models or ()]
+
+    @property
+    def modules(self) -> list[str]:
+        """Names of the base tensors that the merged adapter updates."""
+        return list(dict.fromkeys(name for adapter in self.adapters for name in adapter.modules))
+
+    def input_bytes(self) -> list[int]:
+        """Size of every adapter on the disk."""
+        return [sum(f.stat().st_size for f in _files(folder)) for folder in self.folders]
+
+
+def merges_adapters(recipe: Recipe) -> bool:
+    """Whether a recipe merges adapters with each other, rather than models.
+
+    It does if its method only exists for adapters, or if its models are folders with an
+    adapter_config.json. `model+adapter` is a model.
+
+    Raises:
+        RecipeError: both adapters and models, or adapters where a recipe cannot have them.
+    """
+    for stage in recipe.stages:
+        if merges_adapters(stage):
+            raise RecipeError(
+                f"document {stage.name!r} merges adapters: a recipe of adapters stands alone, "
+                "merge them first and name the folder"
+            )
+    entries = recipe.models or []
+    kinds = [_kind(entry.model, recipe.folder) for entry in entries]
+    own = recipe.merge_method in METHODS and recipe.merge_method not in available()
+    if not own and "adapter" not in kinds:
+        return False
+    if recipe.stages:
+        raise RecipeError("a recipe of adapters has one document: merge the others first")
+    if "model" in kinds:
+        i = kinds.index("model")
+        reason = (
+            f"merge_method {recipe.merge_method!r} merges adapters"
+            if own
+            else f"{entries[kinds.index('adapter')].model!r} is an adapter"
+        )
+        raise RecipeError(
+            f"models[{i}]: {entries[i].model!r} is a full model, but {reason}: the two do not "
+            "merge with each other; write base+adapter to fold an adapter into its base"
+        )
+    return True
+
+
+def plan_adapters(recipe: Recipe) -> AdapterPlan:
+    """Check a recipe of adapters and open them. Reads headers only.
+
+    Raises:
+        RecipeError: unknown method or parameters, values out of range, keys of the recipe that mean
+            nothing for adapters.
+        CheckpointError: an adapter that cannot be read.
+    """
+    method = _method(recipe.merge_method)
+    _refuse_keys(recipe)
+    common, own = _parameters(recipe, method)
+    weights = _weights(method, common, [values.get("weight") for values in own])
+    options = _options(recipe, common, [values.get("density") for values in own])
+    folders = tuple(_folder(entry, recipe.folder) for entry in recipe.models or ())
+    base = None if recipe.base_model is None else open_checkpoint(recipe.base_model, recipe.folder)
+    names = None if base is None else list(base.source.tensors)
+    adapters = tuple(load_adapter(folder, names) for folder in folders)
+    checked_weights(adapters, method, weights, options)
+    for i, adapter in enumerate(adapters):
+        if adapter.config.get("use_dora") and base is None:
+            raise RecipeError(
+                f"models[{i}]: uses DoRA, whose update depends on the base's weights: "
+                "base_model is missing"
+            )
+    return AdapterPlan(recipe, method, folders, adapters, weights, options, base)
+
+
+def merge_recipe(
+    recipe: Recipe, out: Path, *, threads: int | None = None, overwrite: bool = False
+) -> MergeReport:
+    """Merge the adapters of a recipe into a new PEFT folder with a manifest.
+
+    Until it is complete, the folder is called `<out>.partial`.
+
+    Raises:
+        RecipeError, CheckpointError, FusekitError: see `plan_adapters` and `merge_adapters`.
+    """
+    from fusekit.checkpoint.writer import check_target
+    from fusekit.engine.run import MergeReport
+
+    begun, cpu = time.monotonic(), time.process_time()
+    check_target(out, overwrite)
+    plan = plan_adapters(recipe)
+    base = None if plan.base is None else plan.base.source
+    try:
+        merged = merge_adapters(plan.adapters, plan.method, plan.weights, plan.options, base)
+        write_adapter(merged, out, threads, manifest=_manifest(plan), overwrite=overwrite)
+    finally:
+        if base is not None:
+            base.close()
+    written = open_checkpoint(str(out)).source
+    sizes = [info.nbytes for info in written.tensors.values()]
+    written.close()
+    return MergeReport(
+        out=out,
+        tensors=len(sizes),
+        resumed=0,
+        bytes_read=sum(plan.input_bytes()),
+        bytes_written=sum(sizes),
+        seconds=time.monotonic() - begun,
+        cpu_seconds=time.process_time() - cpu,
+        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    )
+
+
+def _method(name: str) -> str:
+    method = ALIASES.get(name, name)
+    if method not in METHODS:
+        near = did_you_mean(name, [*METHODS, *ALIASES])
+        raise RecipeError(f"merge_method {name!r} does not merge adapters{near}")
+    return method
+
+
+def _refuse_keys(recipe: Recipe) -> None:
+    for key in NOT_FOR_ADAPTERS:
+        if getattr(recipe, key) is not None:
+            raise RecipeError(f"{key}: does not apply to adapters, whose recipes have models")
+    for key, plain in (("missing", "error"), ("granularity", "tensor")):
+        if getattr(recipe, key) != plain:
+            raise RecipeError(f"{key}: does not apply to adapters")
+
+
+def _parameters(recipe: Recipe, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The checked parameters of the merge, and of every model with the recipe's as defaults."""
+    known = {parameter.name: parameter for parameter in parameters_of(method)}
+    common = dict(_checked(recipe.parameters, known, method, "parameters"))
+    own = []
+    for i, entry in enumerate(recipe.models or ()):
+        place = f"models[{i}].parameters"
+        values = dict(_checked(entry.parameters, known, method, place))
+        for name in values:
+            if not known[name].per_model:
+                raise RecipeError(f"{place}.{name}: belongs to the whole merge, under parameters")
+        own.append({**common, **values})
+    return common, own
+
+
+def _checked(
+    raw: Mapping[str, Any], known: Mapping[str, Parameter], method: str, place: str
+) -> Iterator[tuple[str, Any]]:
+    for name, value in raw.items():
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise RecipeError(
+                f"{place}.{name}: {method} of adapters has no parameter {name!r}{near}"
+            )
+        try:
+            yield name, known[name].check(value)
+        except ValueError as error:
+            raise RecipeError(f"{place}.{name}: found {value!r}, expected {error}") from None
+
+
+def _weights(
+    method: str, common: Mapping[str, Any], given: Sequence[float | None]
+) -> tuple[float, ...]:
+    """The adapters' weights, normalised if asked for, times lambda."""
+    missing = [i for i, weight in enumerate(given) if weight is None]
+    if missing and len(missing) < len(given):
+        raise RecipeError(f"models[{missing[0]}]: has no weight while others have one")
+    weights = [default_weight(method, len(given)) if w is None else w for w in given]
+    if common.get("normalize"):
+        total = sum(weights)
+        if total == 0:
+            raise RecipeError("parameters.normalize: the weights sum to 0")
+        weights = [weight / total for weight in weights]
+    return tuple(weight * common.get("lambda", 1.0) for weight in weights)
+
+
+def _options(
+    recipe: Recipe, common: Mapping[str, Any], densities: Sequence[float | None]
+) -> MergeOptions:
+    given = [density for density in densities if density is not None]
+    if given and len(given) < len(densities):
+        raise RecipeError(f"models[{densities.index(None)}]: has no density while others have one")
+    lego = {name: value for name, value in common.items() if name in _LEGO_FIELDS}
+    plain = {name: value for name, value in common.items() if name in _MERGE_FIELDS}
+    return dataclasses.replace(
+        MergeOptions(**{**plain, "density": given or None}),
+        dtype=recipe.out_dtype or recipe.dtype,
+        seed=recipe.seed,
+        lego=LegoOptions(**lego),
+    )
+
+
+_LEGO_FIELDS = {field.name for field in dataclasses.fields(LegoOptions)}
+_MERGE_FIELDS = {field.name for field in dataclasses.fields(MergeOptions)}
+
+
+def _candidates(text: str, folder: Path | None) -> list[Path]:
+    path = Path(text).expanduser()
+    return [path] if folder is None else [path, folder / path]
+
+
+def _kind(reference: str, folder: Path | None) -> Literal["adapter", "model", "unknown"]:
+    """What a reference names, as far as a look at the disk tells."""
+    path = next((p for p in _candidates(reference, folder) if p.exists()), None)
+    if path is None:
+        return "unknown" if parse_reference(reference).lora is None else "model"
+    if path.is_file():
+        return "unknown"
+    return "adapter" if (path / CONFIG_NAME).is_file() else "model"
+
+
+def _folder(entry: ModelEntry, folder: Path | None) -> Path:
+    """Where an adapter is: on this disk, or fetched from the hub."""
+    for path in _candidates(entry.model, folder):
+        if path.exists():
+            return path
+    parsed = parse_reference(entry.model)
+    if not is_hub_reference(parsed.model):
+        looked = " or ".join(str(path.absolute()) for path in _candidates(entry.model, folder))
+        raise RecipeError(f"adapter {entry.model!r}: no such file or folder (looked at {looked})")
+    return resolve_hub(parsed.model, parsed.revision).folder
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files an adapter consists of."""
+    if folder.is_file():
+        return [folder]
+    return sorted(path for path in folder.glob("adapter_*") if path.is_file())
+
+
+def _manifest(plan: AdapterPlan) -> dict[str, Any]:
+    """What manifest.json says beside the tensors: recipe, version, and the adapters' contents."""
+    from fusekit import __version__
+    from fusekit.engine.manifest import FORMAT
+
+    recipe = plan.recipe.model_dump(exclude_defaults=True, mode="json")
+    inputs: list[dict[str, Any]] = [
+        {
+            "reference": reference,
+            "files": {
+                file.name: {"size": file.stat().st_size, "xxh3_128": _digest(file)}
+                for file in _files(folder)
+            },
+        }
+        for reference, folder in zip(plan.references, plan.folders, strict=True)
+    ]
+    if plan.base is not None:
+        inputs.append({"reference": plan.base.reference, **plan.base.source.identity()})
+    return {
+        "format": FORMAT,
+        "fusekit": __version__,
+        "recipe": recipe,
+        "inputs": inputs,
+        "checksum": ALGORITHM,
+    }
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,241 @@
+"""Recipes whose models are adapters, from files to a folder, in Python and on the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+import fusekit
+from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
+from fusekit.adapters.merge import METHODS
+from fusekit.adapters.recipe import parameters_of, plan_adapters
+from fusekit.errors import FusekitError, RecipeError
+from fusekit.recipe.schema import load_recipe
+
+from .support import random_adapter
+
+SHAPES = {"m.q.weight": (9, 7), "m.v.weight": (6, 8)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i in range(2):
+        write_adapter(random_adapter(i, SHAPES, rank=3, scaling=0.5), tmp_path / f"task{i}")
+    (tmp_path / "full").mkdir()
+    save_file({n: np.ones(s, "f4") for n, s in SHAPES.items()}, tmp_path / "full/x.safetensors")
+    return tmp_path
+
+
+def recipe_of(folder, method, *models, **keys):
+    names = models or ("task0", "task1")
+    entries = [{"model": str(folder / m)} if isinstance(m, str) else m for m in names]
+    return {"merge_method": method, "models": entries, **keys}
+
+
+def weighted(folder, *values, name="weight"):
+    return [
+        {"model": str(folder / f"task{i}"), "parameters": {name: value}}
+        for i, value in enumerate(values)
+    ]
+
+
+def assert_same(merged, expected):
+    assert list(merged.modules) == list(expected.modules)
+    for name, module in expected.modules.items():
+        np.testing.assert_array_equal(merged.modules[name].delta(), module.delta())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges_from_a_recipe_as_from_python(method, folder):
+    needs = "density" in {parameter.name for parameter in parameters_of(method)}
+    parameters = {"density": 0.6} if needs else {}
+    models = weighted(folder, 0.7, -0.2)
+    fusekit.merge(recipe_of(folder, method, *models, parameters=parameters, seed=3), folder / "out")
+    options = MergeOptions(density=0.6 if needs else None, seed=3)
+    adapters = [load_adapter(folder / f"task{i}") for i in range(2)]
+    assert_same(
+        load_adapter(folder / "out"), merge_adapters(adapters, method, [0.7, -0.2], options)
+    )
+
+
+def test_task_arithmetic_is_the_exact_weighted_sum_times_lambda(folder):
+    models = weighted(folder, 0.5, 1.5)
+    recipe = recipe_of(folder, "task_arithmetic", *models, parameters={"lambda": 0.4})
+    fusekit.merge(recipe, folder / "out")
+    merged = load_adapter(folder / "out")
+    for name in SHAPES:
+        deltas = [load_adapter(folder / f"task{i}").modules[name].delta() for i in range(2)]
+        expected = 0.4 * (0.5 * deltas[0] + 1.5 * deltas[1])
+        np.testing.assert_allclose(merged.modules[name].delta(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lambda_scales_the_merged_update(method, folder):
+    needs = "density" in {parameter.name for parameter in parameters_of(method)}
+    parameters = {"density": 0.6} if needs else {}
+    fusekit.merge(recipe_of(folder, method, parameters=parameters), folder / "one")
+    parameters |= {"lambda": 0.25}
+    fusekit.merge(recipe_of(folder, method, parameters=parameters), folder / "quarter")
+    for name, module in load_adapter(folder / "one").modules.items():
+        quarter = load_adapter(folder / "quarter").modules[name].delta()
+        np.testing.assert_allclose(quarter, 0.25 * module.delta(), atol=1e-5)
+
+
+def test_parameters_reach_the_merge(folder):
+    parameters = {"rank": 2, "convention": "peft", "normalize": True, "svd": "exact"}
+    recipe = recipe_of(folder, "svd", *weighted(folder, 1, 3), parameters=parameters)
+    plan = plan_adapters(load_recipe({**recipe, "out_dtype": "bfloat16", "seed": 5}))
+    assert plan.weights == (0.25, 0.75)
+    assert plan.options == MergeOptions(
+        rank=2, convention="peft", svd="exact", dtype="bfloat16", seed=5
+    )
+    fusekit.merge({**recipe, "out_dtype": "bfloat16"}, folder / "out")
+    module = load_adapter(folder / "out").modules["m.q.weight"]
+    assert (module.rank, module.A.dtype.name) == (2, "bfloat16")
+
+
+def test_models_have_densities_of_their_own(folder):
+    recipe = recipe_of(folder, "ties", *weighted(folder, 0.3, 0.8, name="density"))
+    assert plan_adapters(load_recipe(recipe)).options.density == [0.3, 0.8]
+    lego = {"restarts": 4, "canonicalize": True}
+    recipe = recipe_of(folder, "lora_lego", parameters=lego)
+    assert plan_adapters(load_recipe(recipe)).options.lego.restarts == 4
+
+
+def test_the_output_verifies_and_names_its_inputs(folder):
+    fusekit.merge(recipe_of(folder, "cat"), folder / "out")
+    assert fusekit.verify(folder / "out").ok
+    manifest = json.loads((folder / "out/manifest.json").read_text())
+    assert manifest["recipe"]["merge_method"] == "cat"
+    files = manifest["inputs"][0]["files"]
+    assert set(files) == {"adapter_config.json", "adapter_model.safetensors"}
+    path = folder / "out/adapter_model.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    assert not fusekit.verify(folder / "out").ok
+
+
+def test_an_existing_folder_is_kept_unless_asked_otherwise(folder):
+    fusekit.merge(recipe_of(folder, "cat"), folder / "out")
+    before = load_adapter(folder / "out").modules["m.q.weight"].rank
+    with pytest.raises(FusekitError, match="already exists"):
+        fusekit.merge(recipe_of(folder, "svd"), folder / "out")
+    fusekit.merge(recipe_of(folder, "svd"), folder / "out", overwrite=True)
+    assert (before, load_adapter(folder / "out").modules["m.q.weight"].rank) == (6, 3)
+    assert sorted(p.name for p in folder.iterdir()) == ["full", "out", "task0", "task1"]
+
+
+def test_a_failed_merge_leaves_the_old_folder_and_nothing_else(folder):
+    fusekit.merge(recipe_of(folder, "cat"), folder / "out")
+    bad = random_adapter(7, SHAPES)
+    bad.modules["m.v.weight"].B[0, 0] = np.nan
+    write_adapter(bad, folder / "bad")
+    with pytest.raises(FusekitError, match="NaN or Inf"):
+        fusekit.merge(recipe_of(folder, "cat", "task0", "bad"), folder / "out", overwrite=True)
+    assert fusekit.verify(folder / "out").ok
+    assert sorted(p.name for p in folder.iterdir()) == ["bad", "full", "out", "task0", "task1"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"parameters": {"densty": 1}}, r"parameters\.densty: ties .*did you mean 'density'"),
+        ({"parameters": {"rank": 0, "density": 1}}, r"parameters\.rank: found 0, expected an int"),
+        ({"parameters": {}}, "needs a density"),
+        ({"merge_method": "slerp"}, r"'slerp' does not merge adapters"),
+        ({"merge_method": "knots_tie"}, r"does not merge adapters \(did you mean 'knots_ties'"),
+        ({"granularity": "layer"}, "granularity: does not apply to adapters"),
+        ({"layer_scaling": {"beta": 1}}, "layer_scaling: does not apply to adapters"),
+    ],
+)
+def test_what_adapters_cannot_have_is_refused(changes, message, folder):
+    recipe = recipe_of(folder, "ties", parameters={"density": 0.5}) | changes
+    with pytest.raises(FusekitError, match=message):
+        fusekit.merge(recipe, folder / "out")
+    assert not (folder / "out").exists()
+
+
+def test_parameters_of_models_are_checked_too(folder):
+    wrong = [{"model": str(folder / "task0"), "parameters": {"rank": 3}}, "task1"]
+    with pytest.raises(RecipeError, match=r"models\[0\]\.parameters\.rank: belongs to the whole"):
+        fusekit.merge(recipe_of(folder, "svd", *wrong), folder / "out")
+    some = [*weighted(folder, 0.5), "task1"]
+    with pytest.raises(RecipeError, match=r"models\[1\]: has no weight while others have one"):
+        fusekit.merge(recipe_of(folder, "svd", *some), folder / "out")
+    nothing = recipe_of(folder, "cat", *weighted(folder, 1, -1), parameters={"normalize": True})
+    with pytest.raises(RecipeError, match="the weights sum to 0"):
+        fusekit.merge(nothing, folder / "out")
+
+
+def test_adapters_and_models_do_not_mix(folder):
+    with pytest.raises(RecipeError, match=r"models\[1\]: .*full' is a full model, but .*task0' is"):
+        fusekit.merge(recipe_of(folder, "linear", "task0", "full"), folder / "out")
+    with pytest.raises(RecipeError, match="merge_method 'lora_lego' merges adapters"):
+        fusekit.merge(recipe_of(folder, "lora_lego", "full", "full"), folder / "out")
+    folded = recipe_of(folder, "linear", {"model": f"{folder / 'full'}+{folder / 'task0'}"})
+    folded["models"][0]["parameters"] = {"weight": 1.0}
+    fusekit.merge(folded, folder / "out")  # a model with an adapter folded in is a model
+    assert not (folder / "out/adapter_config.json").exists()
+
+
+def test_dora_needs_a_base_before_anything_is_written(folder):
+    path = folder / "task1/adapter_config.json"
+    config = json.loads(path.read_text()) | {"use_dora": True}
+    path.write_text(json.dumps(config))
+    with pytest.raises(RecipeError, match=r"models\[1\]: uses DoRA.*base_model is missing"):
+        fusekit.merge(recipe_of(folder, "svd"), folder / "out")
+
+
+def test_a_recipe_of_adapters_stands_alone(folder):
+    documents = [
+        recipe_of(folder, "cat", name="first"),
+        {"merge_method": "linear", "models": [{"model": "first", "parameters": {"weight": 1}}]},
+    ]
+    (folder / "r.yml").write_text(yaml.safe_dump_all(documents))
+    with pytest.raises(RecipeError, match="document 'first' merges adapters"):
+        fusekit.merge(folder / "r.yml", folder / "out")
+
+
+def test_options_without_meaning_for_adapters_are_refused(folder):
+    for options in ({"device": "cuda"}, {"allow_nonfinite": True}):
+        with pytest.raises(FusekitError, match=f"{next(iter(options))}: .*adapters"):
+            fusekit.merge(recipe_of(folder, "cat"), folder / "out", **options)
+    with pytest.raises(RecipeError, match="plan_adapters"):
+        fusekit.plan(recipe_of(folder, "cat"))
+
+
+def command(*arguments, cwd):
+    code = "from fusekit.cli import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=cwd
+    )
+
+
+def test_from_the_command_line(folder):
+    parameters = {"density": 0.5, "rank": 2}
+    recipe = recipe_of(folder, "dare_ties_svd", parameters=parameters)
+    for entry, name in zip(recipe["models"], ("task0", "task1"), strict=True):
+        entry["model"] = f"./{name}"  # relative to the recipe's folder
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    planned = command("plan", str(folder / "recipe.yml"), "--tensors", cwd="/")
+    assert planned.returncode == 0, planned.stderr
+    assert "dare_ties_svd: adapters are merged into one adapter" in planned.stdout
+    assert "weight 1, density 0.5" in planned.stdout
+    assert "2 merged, to rank 2" in planned.stdout
+    done = command("merge", str(folder / "recipe.yml"), str(folder / "out"), cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "4 tensors" in done.stdout
+    assert load_adapter(folder / "out").modules["m.q.weight"].rank == 2
+    assert command("verify", str(folder / "out"), cwd="/").returncode == 0
+    recipe["parameters"]["rnk"] = 1
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    refused = command("merge", str(folder / "recipe.yml"), str(folder / "out2"), cwd="/")
+    assert refused.returncode != 0
+    assert "did you mean 'rank'?" in refused.stderr
