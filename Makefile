@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test lint soak bench docs clean
+.PHONY: demo test lint soak fuzz bench docs clean
 
 $(VENV)/.core: pyproject.toml constraints.txt
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -31,6 +31,11 @@ lint: $(VENV)/.dev
 # Ten times as many kills as the tests have.
 soak: $(VENV)/.dev
 	FUSEKIT_KILLS=500 $(BIN)/pytest -q tests/engine/test_kill.py
+
+# A minute of every target; guided by coverage where atheris is installed.
+fuzz: $(VENV)/.dev
+	for target in header pickle archive index recipe config; do \
+	  $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
 
 bench: $(VENV)/.core
 	$(BIN)/python -m benchmarks.merge --out bench-out

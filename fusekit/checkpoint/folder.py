@@ -62,7 +62,7 @@ class Checkpoint:
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: not valid JSON: {error}") from None
         if not isinstance(config, dict):
             raise CheckpointError(f"{path}: expected a JSON object")
