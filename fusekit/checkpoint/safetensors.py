@@ -251,19 +251,11 @@ def read_index(raw: bytes, label: str) -> dict[str, str]:
 
 def open_sharded(index: Path) -> ShardedSource:
     """The checkpoint described by a `*.safetensors.index.json`."""
+    from fusekit.checkpoint.shards import open_shards  # which needs ShardedSource
+
     weight_map = read_index(index.read_bytes(), str(index))
     files = dict.fromkeys(weight_map.values())
     missing = [name for name in files if not (index.parent / name).is_file()]
     if missing:
         raise CheckpointError(f"{index}: shard {missing[0]!r} is missing from {index.parent}")
-    source = ShardedSource(
-        str(index.parent), [SafetensorsFile(index.parent / name) for name in files]
-    )
-    absent = [name for name in weight_map if name not in source.tensors]
-    if absent:
-        source.close()
-        raise CheckpointError(
-            f"{index}: tensor {absent[0]!r} is not in {weight_map[absent[0]]!r}, "
-            "where the index puts it"
-        )
-    return source
+    return open_shards(str(index), weight_map, lambda name: SafetensorsFile(index.parent / name))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fusekit.checkpoint.references import reference_text
 from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.tokenizers.alignment import Alignment, Ids
 from fusekit.tokenizers.files import tokenizer_files
@@ -167,19 +168,11 @@ def _check_keys(place: str, entry: Mapping[str, Any], known: Sequence[str]) -> N
 
 
 def _reference(value: Any, place: str) -> str:
-    """A model reference as one string; the long form `{model: {path, revision}, lora}` too."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, Mapping) and "model" in value:
-        _check_keys(place, value, ("model", "lora", "override_architecture"))
-        model = _reference(value["model"], f"{place}.model")
-        lora = value.get("lora")
-        return model if lora is None else f"{model}+{_reference(lora, f'{place}.lora')}"
-    if isinstance(value, Mapping) and "path" in value:
-        _check_keys(place, value, ("path", "revision"))
-        revision = value.get("revision")
-        return str(value["path"]) if revision is None else f"{value['path']}@{revision}"
-    raise RecipeError(f"{place}: expected a model reference, found {value!r}")
+    """A model reference as one string, from its text or its long form."""
+    text = reference_text(value, place)
+    if not isinstance(text, str):
+        raise RecipeError(f"{place}: expected a model reference, found {value!r}")
+    return text
 
 
 def _override(token: str, entry: Any) -> TokenOverride:
