@@ -31,15 +31,36 @@ COPY_BUFFER = 1 << 18
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "linear": {"parameters": {"weight": 1.0}},
+    "model_soups": {},
+    "unival": {},
+    "varm": {},
     "slerp": {"parameters": {"t": 0.4}},
     "nuslerp": {"parameters": {"weight": 1.0}},
     "multislerp": {"parameters": {"weight": 1.0}},
     "karcher": {},
+    "model_stock": {},
     "task_arithmetic": {"parameters": {"lambda": 0.4}},
-    "ties": {"parameters": {"density": 0.2}},
-    "ties@model": {"parameters": {"density": 0.2}, "granularity": "model"},
+    "task_arithmetic@lines": {
+        "parameters": {"lambda": 0.4},
+        "layer_scaling": {"method": "lines", "alpha": 0.2, "beta": 0.8},
+    },
+    "nearswap": {"parameters": {"t": 0.001}},
+    "ram": {},
+    "ramplus": {},
     "dare_linear": {"parameters": {"density": 0.5}},
     "dare_ties": {"parameters": {"density": 0.5}},
+    "ties": {"parameters": {"density": 0.2}},
+    "ties@model": {"parameters": {"density": 0.2}, "granularity": "model"},
+    "breadcrumbs": {"parameters": {"density": 0.2, "weight": 1.0}},
+    "della": {"parameters": {"density": 0.5, "weight": 1.0}},
+    "sce": {"parameters": {"select_topk": 0.1}},
+    "arcee_fusion": {},
+    "widen": {},
+    "pcb": {"parameters": {"ratio": 0.1}},
+    "pcb@model": {"parameters": {"ratio": 0.1}, "granularity": "model"},
+    "consensus": {},
+    "tall_masks": {},
+    "emr": {},
     "passthrough": {},
 }
 """Recipe settings per benchmark; `method@label` runs a method under other settings."""
@@ -135,7 +156,9 @@ def merge_cost(recipe: dict[str, Any], work: Path, threads: int) -> Cost:
     return cost
 
 
-def measure(name: str, family: Path, tiny: Path, work: Path, models: int, threads: int) -> Row:
+def measure(
+    name: str, family: Path, tiny: Path, work: Path, models: int, threads: int, repeat: int
+) -> Row:
     """All costs of one benchmark; the tiny run also warms the kernel cache."""
     recipe, read = recipe_for(name, family, models)
     small, _ = recipe_for(name, tiny, models)
@@ -143,7 +166,7 @@ def measure(name: str, family: Path, tiny: Path, work: Path, models: int, thread
     start_up = merge_cost(small, work, threads)
     files = [folder / "model.safetensors" for folder in read]
     copies = [copy_cost(files, work / "copy.bin") for _ in range(3)]
-    merges = [merge_cost(recipe, work, threads) for _ in range(2)]
+    merges = [merge_cost(recipe, work, threads) for _ in range(repeat)]
     best = min(merges, key=lambda cost: cost.cpu)
     return Row(name, len(read), best, start_up, min(copies, key=lambda cost: cost.cpu))
 
@@ -183,6 +206,7 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--repeat", type=int, default=2, help="merges of which the best counts")
     parser.add_argument("--sparse", action="store_true", help="files without blocks on disk")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
@@ -197,7 +221,9 @@ def main() -> None:
         write_family(tiny, 0, options.models)
     rows, peers = [], {}
     for name in options.methods:
-        row = measure(name, family, tiny, options.out, options.models, options.threads)
+        row = measure(
+            name, family, tiny, options.out, options.models, options.threads, options.repeat
+        )
         rows.append(row)
         print(f"{name}: {row.ratio:.2f} x copying, {row.merge.peak_rss / 1e6:.0f} MB", flush=True)
         if shutil.which("mergekit-yaml"):

@@ -14,7 +14,7 @@ import numpy as np
 from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure  # type: ignore[import-untyped]
+    from plotly.graph_objects import Figure
 
 PALETTE = (
     "#4a90d9",
@@ -41,7 +41,7 @@ _MARGIN = {"l": 8, "r": 8, "t": 12, "b": 8}
 def require_plotly() -> None:
     """Raises `MissingExtraError` unless Plotly is installed."""
     try:
-        import plotly  # type: ignore[import-untyped]  # noqa: F401
+        import plotly  # noqa: F401
     except ModuleNotFoundError:
         raise MissingExtraError("a report with figures", "report") from None
 

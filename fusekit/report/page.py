@@ -12,7 +12,7 @@ from fusekit import __version__
 from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from plotly.graph_objects import Figure  # type: ignore[import-untyped]
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Report:
     def to_html(self) -> str:
         """The page with styles, Plotly and data inside: nothing is loaded from elsewhere."""
         import jinja2
-        from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
+        from plotly.offline import get_plotlyjs
 
         environment = jinja2.Environment(
             loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -89,7 +89,7 @@ class Report:
             MissingExtraError: kaleido, which draws images, is not installed.
         """
         try:
-            import kaleido  # type: ignore[import-untyped]  # noqa: F401
+            import kaleido  # noqa: F401
         except ModuleNotFoundError:
             raise MissingExtraError(f"writing figures as {suffix} files", "report") from None
         folder.mkdir(parents=True, exist_ok=True)
