@@ -61,9 +61,13 @@ def explain(plan: Plan) -> list[Curve]:
 def _values(plan: Plan, planned: PlannedTensor) -> Iterator[tuple[tuple[str, str], Any]]:
     for name, value in planned.tensor.parameters.items():
         yield (name, ""), value
+    seen: list[int] = []
     for ref, values in zip(planned.models, planned.tensor.model_parameters, strict=True):
+        seen.append(ref.source)
+        times = seen.count(ref.source)
+        label = plan.checkpoints[ref.source].reference + (f" (entry {times})" * (times > 1))
         for name, value in values.items():
-            yield (name, plan.checkpoints[ref.source].reference), value
+            yield (name, label), value
 
 
 def _place(planned: PlannedTensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,6 +64,19 @@ def output_config(
     if dtype is not None:
         updated["torch_dtype" if "torch_dtype" in updated else "dtype"] = dtype
     return updated
+
+
+def part_configs(reference: Checkpoint, dtype: str | None) -> dict[str, bytes]:
+    """The configs of a pipeline's parts that state another element type than is written."""
+    changed: dict[str, bytes] = {}
+    for part in reference.parts():
+        assert reference.folder is not None
+        config = Checkpoint(part, reference.source, reference.folder / part).config() or {}
+        stated = [key for key in ("dtype", "torch_dtype") if key in config]
+        if dtype is not None and stated:
+            content = config | dict.fromkeys(stated, dtype)
+            changed[f"{part}/config.json"] = (json.dumps(content, indent=2) + "\n").encode()
+    return changed
 
 
 def _set_layers(

@@ -18,13 +18,13 @@ from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.chat_template import with_chat_template
 from fusekit.engine.matching import Matched, Matcher
 from fusekit.engine.operands import Operands, choose_operands
-from fusekit.engine.output_config import output_config
+from fusekit.engine.output_config import output_config, part_configs
 from fusekit.engine.plan import Kind, Plan, PlannedTensor
 from fusekit.engine.stages import planned_checkpoint
 from fusekit.engine.tasks import side_file
 from fusekit.engine.units import Structure, units
 from fusekit.engine.values import ParameterValues
-from fusekit.engine.vocabulary import common_vocabulary
+from fusekit.engine.vocabulary import Vocabulary, common_vocabulary
 from fusekit.errors import RecipeError
 from fusekit.methods.base import Granularity, Method, Tensor
 from fusekit.methods.lines import scale_layers, schedule
@@ -159,11 +159,22 @@ def plan_checkpoints(
             tensors=[tensor.info for tensor in matched],
             heads=matcher.heads,
         ),
-        files=vocabulary.files
-        if recipe.chat_template is None
-        else with_chat_template(recipe.chat_template, opened, opened[reference], vocabulary.files),
+        files=_files(recipe, vocabulary, opened, opened[reference]),
         warnings=tuple(dict.fromkeys([*operands.notes, *vocabulary.notes, *matcher.notes()])),
     )
+
+
+def _files(
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    checkpoints: Sequence[Checkpoint],
+    reference: Checkpoint,
+) -> dict[str, bytes | None]:
+    """What differs from the files beside the reference's weights, config.json aside."""
+    files = {**vocabulary.files, **part_configs(reference, recipe.out_dtype or recipe.dtype)}
+    if recipe.chat_template is None:
+        return files
+    return with_chat_template(recipe.chat_template, checkpoints, reference, files)
 
 
 def _planned(

@@ -241,7 +241,7 @@ def test_one_tower_of_a_vision_language_model_is_stacked(tmp_path: Path) -> None
         assert torch.equal(state[name], expected), name
 
 
-# -- folders of several parts, and files without a folder -------------------------------------------
+# -- folders of several parts, and files without a folder ----------------------------------------
 
 
 def arrays(seed: int, *names: str) -> dict[str, np.ndarray]:

@@ -212,3 +212,22 @@ def test_links_out_of_a_pipeline_are_not_followed(tmp_path: Path) -> None:
     (tmp_path / "m/unet").symlink_to(tmp_path / "elsewhere")
     expect(merged(tmp_path, str(tmp_path / "m")))
     assert not (tmp_path / "out/unet").exists()
+
+
+def test_configs_of_a_pipelines_parts_state_the_new_dtype(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_model(tmp_path / name / "unet", {NAME: VALUES}, {"torch_dtype": "float32", "x": 1})
+        write_model(tmp_path / name / "vae", {NAME: VALUES}, {"x": 2})
+        (tmp_path / name / "model_index.json").write_text("{}")
+    recipe = {
+        "merge_method": "linear",
+        "models": [{"model": str(tmp_path / name)} for name in ("a", "b")],
+        "parameters": {"weight": 1.0},
+        "out_dtype": "float16",
+    }
+    fusekit.merge(recipe, tmp_path / "out", threads=1)
+    found = load_file(tmp_path / "out/unet/model.safetensors")[NAME]
+    assert found.dtype == np.float16
+    config = json.loads((tmp_path / "out/unet/config.json").read_text())
+    assert config == {"torch_dtype": "float16", "x": 1}
+    assert json.loads((tmp_path / "out/vae/config.json").read_text()) == {"x": 2}
