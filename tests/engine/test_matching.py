@@ -281,3 +281,47 @@ def test_a_global_parameter_at_a_model_is_pointed_out(tmp_path: Path) -> None:
     models = [{"model": a, "parameters": {"normalize": False}}, {"model": b}]
     _, _, warnings = merge(tmp_path, models=models, parameters={"weight": 1.0})
     assert warnings[0].startswith("models[0].parameters.normalize has no effect")
+
+
+# -- base_model where the method has no use for one -----------------------------------------------
+
+
+def test_a_listed_base_of_a_method_without_one_gives_the_config(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 3.0, tied=False)
+    merged, config, _ = merge(tmp_path, **equally(a, b), base_model=b)
+    assert merged[EMBED][0, 0] == 2.0
+    assert "tie_word_embeddings" in config
+    assert "takes no base_model" in refused(**equally(a), base_model=b)
+
+
+def test_stacking_takes_the_config_of_a_base_that_is_no_source(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 3.0, tied=False)
+    slices = [{"sources": [{"model": a, "layer_range": [0, 2]}]}]
+    merged, config, _ = merge(tmp_path, merge_method="passthrough", base_model=b, slices=slices)
+    assert merged[EMBED][0, 0] == 1.0
+    assert config["num_hidden_layers"] == 2
+    assert "tie_word_embeddings" in config
+
+
+def test_the_same_model_twice_is_two_entries(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 4.0)
+    models = [{"model": m, "parameters": {"weight": w}} for m, w in ((a, 1.0), (b, 1.0), (a, 2.0))]
+    merged, _, _ = merge(tmp_path, models=models)
+    assert merged[EMBED][0, 0] == (1.0 + 4.0 + 2.0) / 4.0
+
+
+def test_slices_may_have_bases_of_their_own(tmp_path: Path) -> None:
+    base, other, a = (model(tmp_path, n, v) for n, v in (("base", 1.0), ("other", 2.0), ("a", 5.0)))
+    slices = [
+        {"sources": [{"model": m, "layer_range": [0, 1]} for m in (base, a)]},
+        {"sources": [{"model": a, "layer_range": [0, 1]}], "base_model": other},
+    ]
+    merged, _, _ = merge(
+        tmp_path,
+        merge_method="task_arithmetic",
+        base_model=base,
+        slices=slices,
+        parameters={"weight": 0.5},
+    )
+    depth = [merged[f"model.layers.{i}.mlp.up_proj.weight"][0, 0] for i in range(2)]
+    assert depth == [3.0, 3.5]
