@@ -34,7 +34,8 @@ def common_vocabulary(
     reference = next(c for c in checkpoints if c.reference == operands.reference)
     settings = recipe.tokenizer_source if recipe.tokenizer is None else recipe.tokenizer
     if settings is None:
-        return Vocabulary(tuple(checkpoints), config=reference.config())
+        notes = _different_ends(operands, checkpoints)
+        return Vocabulary(tuple(checkpoints), config=reference.config(), notes=notes)
 
     from fusekit.tokenizers.config import remapped_config, with_vocab_size
     from fusekit.tokenizers.embedding import align_sources
@@ -69,6 +70,22 @@ def common_vocabulary(
         config,
         merged.notes,
     )
+
+
+def _different_ends(operands: Operands, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
+    """A note where the embedding and the head come from models with different tokenizers."""
+    folders = {checkpoint.reference: checkpoint.folder for checkpoint in checkpoints}
+    for section in operands.sections:
+        ends = [part.operands[0].model for part in (section.slices[0], section.slices[-1])]
+        paths = [folder / "tokenizer.json" for end in ends if (folder := folders[end]) is not None]
+        if len(paths) == 2 and all(path.is_file() for path in paths):
+            first, last = (path.read_bytes() for path in paths)
+            if first != last:
+                return (
+                    f"embeddings come from {ends[0]} and the head from {ends[1]}, whose tokenizers "
+                    "differ; set tokenizer_source to align them",
+                )
+    return ()
 
 
 def _vocabulary_input(checkpoint: Checkpoint) -> tuple[Any, Any]:

@@ -76,6 +76,14 @@ def test_a_token_that_nobody_has_is_refused(tmp_path: Path) -> None:
         fusekit.plan(recipe)
 
 
+@pytest.mark.parametrize(("last", "count"), [(A, 0), (B, 1)])
+def test_ends_with_different_tokenizers_are_pointed_out(last: str, count: int) -> None:
+    slices = [{"sources": [{"model": m, "layer_range": [0, 1]}]} for m in (A, last)]
+    plan = fusekit.plan({"merge_method": "passthrough", "slices": slices})
+    plan.close()
+    assert sum("whose tokenizers differ" in warning for warning in plan.warnings) == count
+
+
 # -- chat templates -------------------------------------------------------------------------------
 
 
