@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,9 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+from threadpoolctl import threadpool_limits
 
 from fusekit.adapters.combine import MaskOf
-from fusekit.adapters.linalg import balanced, orthogonalize
+from fusekit.adapters.linalg import balance, gram_matrix, orthogonalize
 
 Array = npt.NDArray[Any]
 Layer = Mapping[int, Array]
@@ -28,20 +30,27 @@ class Aligned:
     """`D_i = U @ coordinates(i)` for every source i.
 
     Attributes:
-        U: (out, k), orthonormal columns.
         S: (k,) singular values of the concatenation `[D_1 | ... | D_n]`.
+        turn: (sum of ranks, k); `U = [B_1 .. B_n] @ turn`.
         mixing: per source (k, rank_i); the coordinates are `mixing_i @ A_i`.
         A: per source (rank_i, in).
+        B: per source (out, rank_i).
     """
 
-    U: Array
     S: Array
+    turn: Array
     mixing: Sequence[Array]
     A: Sequence[Array]
+    B: Sequence[Array]
+
+    def basis(self) -> Array:
+        """U (out, k), orthonormal columns, in float64."""
+        return np.concatenate(self.B, axis=1).astype(np.float64) @ self.turn
 
     def coordinates(self, source: int) -> Array:
         """`diag(S) @ V_i`, (k, in) in float32."""
-        return np.asarray(self.mixing[source] @ self.A[source], dtype=np.float32)
+        wide = self.A[source].astype(np.float64)
+        return np.asarray(self.mixing[source] @ wide, dtype=np.float32)
 
 
 def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
@@ -53,25 +62,31 @@ def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    pairs = [balanced(b.astype(np.float64) * s, a.astype(np.float64)) for a, b, s in parts]
-    B = np.concatenate([b for b, _ in pairs], axis=1)
-    A = [a for _, a in pairs]
-    left = orthogonalize(B.T @ B)
-    rights = [orthogonalize(a @ a.T) for a in A]
+    A, B = [a for a, _, _ in parts], [b for _, b, _ in parts]
+    gram_b = gram_matrix(np.concatenate(B, axis=1))
+    grams_a = [gram_matrix(a.T) for a in A]
+    scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
+    norm_b = np.sqrt(gram_b.diagonal()) * np.abs(scale)
+    ratio = balance(norm_b, np.sqrt(np.concatenate([gram.diagonal() for gram in grams_a])))
+    left = orthogonalize(gram_b * np.outer(scale * ratio, scale * ratio))
     edges = np.cumsum([0, *(len(a) for a in A)])
+    spans = [slice(i, j) for i, j in itertools.pairwise(edges)]
+    rights = [
+        orthogonalize(gram / np.outer(ratio[span], ratio[span]))
+        for gram, span in zip(grams_a, spans, strict=True)
+    ]
     core = np.concatenate(
-        [left.R[:, i:j] @ r.R.T for i, j, r in zip(edges[:-1], edges[1:], rights, strict=True)],
-        axis=1,
+        [left.R[:, span] @ right.R.T for span, right in zip(spans, rights, strict=True)], axis=1
     )
     u, s, vt = np.linalg.svd(core, full_matrices=False)
     keep = s > SINGULAR_CUTOFF
     u, s, vt = u[:, keep], s[keep], vt[keep]
-    columns = np.cumsum([0, *(len(r.R) for r in rights)])
+    columns = np.cumsum([0, *(len(right.R) for right in rights)])
     mixing = [
-        (s[:, None] * vt[:, i:j]) @ right.basis.T
-        for i, j, right in zip(columns[:-1], columns[1:], rights, strict=True)
+        (s[:, None] * vt[:, i:j]) @ right.basis.T / ratio[span]
+        for i, j, right, span in zip(columns[:-1], columns[1:], rights, spans, strict=True)
     ]
-    return Aligned(B @ (left.basis @ u), s, mixing, A)
+    return Aligned(s, (scale * ratio)[:, None] * (left.basis @ u), mixing, A, B)
 
 
 class Agreement:
@@ -158,21 +173,14 @@ def _global_thresholds(
     """The bits of a non-negative float32 are ordered as its value: count the upper half of the bits
     first, then the lower half within the one upper half that holds the threshold."""
     sources = len(densities)
-    upper = np.zeros((sources, 1 << 16), dtype=np.int64)
-    for layer in coordinates():
-        for source, x in layer.items():
-            bits = _magnitude_bits(x)
-            upper[source] += np.bincount(bits >> 16, minlength=1 << 16)
-    sizes = upper.sum(axis=1)
-    wanted = sizes - (sizes * np.asarray(densities)).astype(np.int64)
-    cumulative = upper.cumsum(axis=1)
-    high = [int(np.searchsorted(c, k)) for c, k in zip(cumulative, wanted, strict=True)]
-    lower = np.zeros((sources, 1 << 16), dtype=np.int64)
-    for layer in coordinates():
-        for source, x in layer.items():
-            bits = _magnitude_bits(x)
-            inside = bits[bits >> 16 == high[source]] & 0xFFFF
-            lower[source] += np.bincount(inside, minlength=1 << 16)
+    # BLAS on one thread: its products are small here, and waiting threads cost more than they save.
+    with threadpool_limits(1, user_api="blas"):
+        upper = _counted(coordinates(), [0] * sources, shift=16)
+        sizes = upper.sum(axis=1)
+        wanted = sizes - (sizes * np.asarray(densities)).astype(np.int64)
+        cumulative = upper.cumsum(axis=1)
+        high = [int(np.searchsorted(c, k)) for c, k in zip(cumulative, wanted, strict=True)]
+        lower = _counted(coordinates(), [each << 16 for each in high], shift=0)
     thresholds = []
     for source in range(sources):
         before = int(cumulative[source, high[source]] - upper[source, high[source]])
@@ -182,5 +190,18 @@ def _global_thresholds(
     return thresholds
 
 
-def _magnitude_bits(x: Array) -> npt.NDArray[np.uint32]:
-    return np.abs(x).reshape(-1).view(np.uint32)
+def _counted(layers: Iterator[Layer], lows: Sequence[int], shift: int) -> npt.NDArray[np.int64]:
+    """How many magnitudes of each source have bits in each of 2^16 bins of 2^shift from `low`."""
+    from fusekit.kernels import order
+
+    counts = np.zeros((len(lows), 1 << 16), dtype=np.int64)
+    span = (1 << (16 + shift)) - 1
+    for layer in layers:
+        for source, x in layer.items():
+            bits = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
+            keys = np.empty_like(bits)
+            order.magnitude_keys(bits, np.uint32(0x7FFFFFFF), keys)
+            low = np.uint32(lows[source])
+            high = np.uint32(lows[source] + span)
+            order.count_bracket(keys, low, high, np.uint32(shift), counts[source])
+    return counts

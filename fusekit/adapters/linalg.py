@@ -144,12 +144,6 @@ def balance(norm_b: Array, norm_a: Array) -> Array:
     return np.sqrt(np.divide(norm_a, norm_b, out=np.ones_like(norm_b), where=used))
 
 
-def balanced(B: Array, A: Array) -> tuple[Array, Array]:
-    """The same product with every column of B as long as its row of A."""
-    ratio = balance(np.linalg.norm(B, axis=0), np.linalg.norm(A, axis=1))
-    return B * ratio, A / ratio[:, None]
-
-
 def exact_svd(matrix: Array, rank: int | None = None) -> ThinSvd:
     """Thin SVD of a dense matrix in its own precision, cut to `rank`."""
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)

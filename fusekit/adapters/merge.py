@@ -29,7 +29,7 @@ from fusekit.adapters.combine import (
     magnitude_threshold,
     weighted_sum,
 )
-from fusekit.adapters.knots import Agreement, Layer, align, dropped, merge_coordinates
+from fusekit.adapters.knots import Agreement, Aligned, Layer, align, dropped, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.linalg import (
     ThinSvd,
@@ -570,27 +570,32 @@ class _Knots:
         self._rule: Literal["ties", "linear"] = "linear" if method == "knots_linear" else "ties"
         self._drop = method == "knots_dare_ties"
         self._densities = options.densities(len(pool.adapters))
+        self._found: dict[str, Aligned] = {}  # small matrices only, for the passes that follow
         kept = [1.0] * len(pool.adapters) if self._drop else self._densities
         self._agreement = Agreement(self._all_coordinates, kept)
 
     def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
-        basis, layer = self._aligned(name, parts)
+        aligned, layer = self._aligned(name, parts)
+        basis = aligned.basis().astype(np.float32)
         merged = merge_coordinates(layer, self._pool.weights, self._rule, self._agreement)
         return (basis.T, merged.T) if self._options.knots_basis == "input" else (merged, basis)
 
-    def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Layer]:
+    def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Aligned, Layer]:
         _low_rank(name, parts)
         sides = [(part.A, part.B) for part in parts]
         if self._options.knots_basis == "input":
             sides = [(B.T, A.T) for A, B in sides]
-        aligned = align(
-            [(A, B, part.module.scaling) for (A, B), part in zip(sides, parts, strict=True)]
-        )
+        found = self._found.get(name)
+        if found is None:
+            scalings = [part.module.scaling for part in parts]
+            found = align([(A, B, s) for (A, B), s in zip(sides, scalings, strict=True)])
+            self._found[name] = dataclasses.replace(found, A=(), B=())
+        aligned = dataclasses.replace(found, A=[A for A, _ in sides], B=[B for _, B in sides])
         layer: Layer = {part.source: aligned.coordinates(i) for i, part in enumerate(parts)}
         if self._drop:
             draw = _masks(name, "coordinates", parts, self._options)
             layer = dropped(layer, self._densities, draw)
-        return aligned.U.astype(np.float32), layer
+        return aligned, layer
 
     def _all_coordinates(self) -> Iterator[Layer]:
         for name in self._pool.names:

@@ -321,10 +321,10 @@ def test_aligned_coordinates_rebuild_every_update():
     adapters = [random_adapter(seed, SHAPES, rank=3, scaling=0.5) for seed in range(2)]
     parts = [(a.modules["a.weight"].A, a.modules["a.weight"].B, 0.5) for a in adapters]
     aligned = align(parts)
-    np.testing.assert_allclose(aligned.U.T @ aligned.U, np.eye(6), atol=1e-8)
+    np.testing.assert_allclose(aligned.basis().T @ aligned.basis(), np.eye(6), atol=1e-8)
     for i, adapter in enumerate(adapters):
         np.testing.assert_allclose(
-            aligned.U @ aligned.coordinates(i), delta_of(adapter, "a.weight"), atol=1e-5
+            aligned.basis() @ aligned.coordinates(i), delta_of(adapter, "a.weight"), atol=1e-5
         )
 
 
