@@ -441,6 +441,11 @@ def merge_state_dicts(
     if find(method).continual and base is not None:
         from fusekit.engine.continual import merge_arrays
 
+        given = {"layer_scaling": layer_scaling, "masks": masks}
+        given["model_parameters"] = next(filter(None, each), None)
+        for name, value in given.items():
+            if value is not None:
+                raise FusekitError(f"{name}: {method} adds whole models, one by one; leave it out")
         own = {"threads": threads, "device": device, "allow_nonfinite": allow_nonfinite}
         return merge_arrays(models, base, parameters or {}, out_dtype=out_dtype, **own)
     labels = ["base" if arrays is base else f"model {i}" for i, arrays in enumerate(models)]
