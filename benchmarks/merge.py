@@ -165,8 +165,10 @@ def measure(
     merge_cost(small, work, threads)
     start_up = merge_cost(small, work, threads)
     files = [folder / "model.safetensors" for folder in read]
-    copies = [copy_cost(files, work / "copy.bin") for _ in range(3)]
-    merges = [merge_cost(recipe, work, threads) for _ in range(repeat)]
+    copies, merges = [], []
+    for _ in range(repeat):  # in turn, so that both meet the same state of the machine
+        copies.append(copy_cost(files, work / "copy.bin"))
+        merges.append(merge_cost(recipe, work, threads))
     best = min(merges, key=lambda cost: cost.cpu)
     return Row(name, len(read), best, start_up, min(copies, key=lambda cost: cost.cpu))
 
@@ -206,7 +208,9 @@ def main() -> None:
     parser.add_argument("--models", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
-    parser.add_argument("--repeat", type=int, default=2, help="merges of which the best counts")
+    parser.add_argument(
+        "--repeat", type=int, default=3, help="copies and merges, in turn, of which the best count"
+    )
     parser.add_argument("--sparse", action="store_true", help="files without blocks on disk")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
