@@ -132,12 +132,14 @@ class Adapter:
         replacements: base tensor name -> full tensor used instead of the base's, before any update
             (PEFT's `modules_to_save`, trained biases, saved embeddings).
         config: the fields of adapter_config.json, empty for formats without one.
+        left_out: number of tensors of other models of a pipeline in the same file, by component.
     """
 
     label: str
     modules: Mapping[str, LoraModule]
     replacements: Mapping[str, Array]
     config: Mapping[str, Any]
+    left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def changed_tensors(self) -> list[str]:
         """Names of all base tensors this adapter changes, biases included."""

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from fusekit.checkpoint.source import TensorSource
-from fusekit.errors import CheckpointError
+from fusekit.errors import CheckpointError, did_you_mean
 
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_transformer_")
 _COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "diffusion_model.")
@@ -23,6 +23,7 @@ _FACTORS = (
     ("_lora.up.weight", "B"),
 )
 _ATTENTION_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)$")
+_SUFFIX = re.compile(r"\.lora_|\.lora\.|_lora\.|\.alpha$|\.dora_scale$")
 _UNSUPPORTED = {
     ".lora_mid.weight": "a LoCon convolution with a middle factor",
     ".dora_scale": "kohya's DoRA, whose axis the file does not record",
@@ -32,8 +33,12 @@ _UNSUPPORTED = {
 
 
 def to_peft_keys(
-    source: TensorSource, without_config: bool, base_names: Iterable[str] | None, label: str
-) -> tuple[dict[str, str], dict[str, float]]:
+    source: TensorSource,
+    without_config: bool,
+    base_names: Iterable[str] | None,
+    label: str,
+    component: str | None = None,
+) -> tuple[dict[str, str], dict[str, float], dict[str, int]]:
     """PEFT's name of every tensor of an adapter file, and the alphas stored as tensors.
 
     Args:
@@ -41,18 +46,22 @@ def to_peft_keys(
         without_config: no adapter_config.json came with them, so a first component
             (`unet.`, `transformer.`) may be a pipeline's, not the model's.
         base_names: names of the base model's tensors, to undo flattened names.
+        component: which model of a pipeline to take (`unet`, `te1`, `text_encoder`), in a file that
+            holds parts for several; None takes the one whose names are all the base's.
 
     Returns:
-        `{PEFT name: name in the source}` and `{module: alpha}`.
+        `{PEFT name: name in the source}`, `{module: alpha}` and `{component left out: tensors}`.
 
     Raises:
-        CheckpointError: a LoRA relative that is not a plain product of two factors, or a flattened
-            name that no base tensor has.
+        CheckpointError: a LoRA relative that is not a plain product of two factors, a flattened
+            name that no base tensor has, or several components of which none can be told to be the
+            base's.
     """
     modules = _Modules(base_names, without_config, label)
     names: dict[str, str] = {}
     alphas: dict[str, float] = {}
-    for key in source.tensors:
+    chosen, left_out = modules.choose(source.tensors, component)
+    for key in chosen:
         for suffix, what in _UNSUPPORTED.items():
             if key.endswith(suffix):
                 raise CheckpointError(f"{label}: tensor {key!r} belongs to {what}: not supported")
@@ -68,7 +77,7 @@ def to_peft_keys(
         if name in names:
             raise CheckpointError(f"{label}: tensors {names[name]!r} and {key!r} are one factor")
         names[name] = key
-    return names, alphas
+    return names, alphas, left_out
 
 
 class _Modules:
@@ -80,6 +89,50 @@ class _Modules:
         self._flattened: Mapping[str, str] = {name.replace(".", "_"): name for name in known or ()}
         self._strip = without_config
         self._label = label
+
+    def choose(
+        self, keys: Iterable[str], component: str | None
+    ) -> tuple[list[str], dict[str, int]]:
+        """The tensors that belong to the base, and how many were left out, by component."""
+        groups: dict[str, list[str]] = {}
+        for key in keys:
+            groups.setdefault(self._component(key), []).append(key)
+        named = [name for name in groups if name]
+        taken = component
+        if component is not None and component not in named:
+            raise CheckpointError(
+                f"{self._label}: no component {component!r}{did_you_mean(component, named)}"
+            )
+        if component is None and len(named) > 1:
+            fitting = [name for name in named if all(map(self._fits, groups[name]))]
+            if len(fitting) != 1:
+                fits = f"; the base's names fit {', '.join(fitting) or 'none of them'}"
+                raise CheckpointError(
+                    f"{self._label}: holds LoRA of several models ({', '.join(named)})"
+                    f"{fits if self._known is not None else ''}: give the base model of one of "
+                    f"them, or choose one with component={named[0]!r}"
+                )
+            taken = fitting[0]
+        left = {name: len(groups[name]) for name in named if taken is not None and name != taken}
+        return [key for name, group in groups.items() if name not in left for key in group], left
+
+    def _component(self, key: str) -> str:
+        """The model of a pipeline that a tensor belongs to, as its name says, or nothing."""
+        prefix = next((p for p in _KOHYA_PREFIXES if key.startswith(p)), None)
+        if prefix is not None:
+            return prefix.removeprefix("lora_").rstrip("_")
+        component = next((c for c in _COMPONENTS if key.startswith(c)), None)
+        if not self._strip or component is None or _path(key) in (self._known or ()):
+            return ""
+        return component.rstrip(".")
+
+    def _fits(self, key: str) -> bool:
+        """Whether the base has the module of a tensor of some component."""
+        prefix = next((p for p in _KOHYA_PREFIXES if key.startswith(p)), None)
+        if prefix is not None:
+            return _path(key.removeprefix(prefix)) in self._flattened
+        component = next((c for c in _COMPONENTS if key.startswith(c)), "")
+        return _path(key.removeprefix(component)) in (self._known or ())
 
     def resolve(self, raw: str) -> str:
         prefix = next((p for p in _KOHYA_PREFIXES if raw.startswith(p)), None)
@@ -99,9 +152,13 @@ class _Modules:
             return name
         inner = name.removeprefix(component)
         if self._known is not None:
-            path = re.split(r"\.(?:lora_|alpha$)", inner)[0]
-            return inner if path in self._known else name
+            return inner if _path(inner) in self._known else name
         return inner
+
+
+def _path(key: str) -> str:
+    """The module in a tensor's name."""
+    return _ATTENTION_PROCESSOR.sub(_attention_module, _SUFFIX.split(key)[0])
 
 
 def _attention_module(match: re.Match[str]) -> str:

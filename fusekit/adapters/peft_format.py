@@ -114,7 +114,9 @@ class _Replacements(Mapping[str, Array]):
         return len(self._keys)
 
 
-def load_adapter(path: str | Path, base_names: Iterable[str] | None = None) -> Adapter:
+def load_adapter(
+    path: str | Path, base_names: Iterable[str] | None = None, component: str | None = None
+) -> Adapter:
     """The adapter in a PEFT folder, or in a kohya, diffusers or PEFT weights file.
 
     Args:
@@ -123,6 +125,8 @@ def load_adapter(path: str | Path, base_names: Iterable[str] | None = None) -> A
             rank, or 1.
         base_names: names of the base model's tensors. Needed only to undo kohya's flattened names
             (`lora_unet_down_blocks_0_...`), and used to tell a component prefix from a module.
+        component: which part to take of a file that holds LoRA for several models of a pipeline
+            (`unet`, `te1`, `text_encoder`). None takes the part whose names are all the base's.
 
     Raises:
         CheckpointError: missing files, a PEFT type other than LoRA, options that change the
@@ -132,7 +136,7 @@ def load_adapter(path: str | Path, base_names: Iterable[str] | None = None) -> A
     weights, config_path = _files(Path(path))
     config = _read_config(config_path) if config_path is not None else None
     source = _open_weights(weights)
-    return _build(source, config, str(path), base_names)
+    return _build(source, config, str(path), base_names, component)
 
 
 def adapter_from_tensors(
@@ -150,8 +154,9 @@ def _build(
     config: Mapping[str, Any] | None,
     label: str,
     base_names: Iterable[str] | None,
+    component: str | None = None,
 ) -> Adapter:
-    names, alphas = to_peft_keys(source, config is None, base_names, label)
+    names, alphas, left_out = to_peft_keys(source, config is None, base_names, label, component)
     if config is not None:
         _refuse_unsupported(config, label)
     grouped, replacements = _group(names, label)
@@ -164,6 +169,7 @@ def _build(
         modules=_Modules(source, specs),
         replacements=_Replacements(source, replacements),
         config=dict(config or {}),
+        left_out=left_out,
     )
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from fusekit.adapters.adapter import Adapter
     from fusekit.adapters.extract import ExtractReport
     from fusekit.adapters.info import AdapterInfo, Overlap
     from fusekit.adapters.reversible import PackReport
@@ -140,7 +141,12 @@ def merge(
     knots_basis: Annotated[
         Side, typer.Option(help="Side whose common basis KnOTS takes.")
     ] = Side.output,
-    base: Annotated[str | None, typer.Option(help="Base model, needed for DoRA adapters.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Base model, for DoRA adapters and kohya files.")
+    ] = None,
+    component: Annotated[
+        str | None, typer.Option(help="Part of LoRA files of several models: unet, te1, ...")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
 ) -> None:
@@ -163,7 +169,9 @@ def merge(
     )
     source = None if base is None else open_checkpoint(base).source
     names = None if source is None else list(source.tensors)
-    loaded = [load_adapter(path, names) for path in adapters]
+    loaded = [load_adapter(path, names, component) for path in adapters]
+    for adapter in loaded:
+        _print_left_out(adapter)
     merged = merge_adapters(loaded, method.value, weight or None, options, source)
     write_adapter(merged, out, threads)
     typer.echo(f"{out}: {method.value} of {len(adapters)} adapters, {len(merged.modules)} modules")
@@ -281,13 +289,17 @@ def unpack(
 def info(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, or LoRA files.")],
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
+    component: Annotated[
+        str | None, typer.Option(help="Part of LoRA files of several models: unet, te1, ...")
+    ] = None,
 ) -> None:
     """Ranks, scalings and norms; with several ADAPTERS also how far they overlap."""
     from fusekit.adapters import load_adapter
     from fusekit.adapters.info import compare_adapters, describe_adapter
 
-    loaded = [load_adapter(path) for path in adapters]
+    loaded = [load_adapter(path, component=component) for path in adapters]
     for adapter in loaded:
+        _print_left_out(adapter)
         _print_info(describe_adapter(adapter), modules)
     if len(loaded) > 1:
         _print_overlap(compare_adapters(loaded))
@@ -328,6 +340,11 @@ def _print_pack(out: Path, report: PackReport) -> None:
         f"{out}: {report.directions} directions, {report.ratio:.3f} of the adapters' size; "
         f"recommended: {report.recommended}"
     )
+
+
+def _print_left_out(adapter: Adapter) -> None:
+    for component, count in adapter.left_out.items():
+        typer.echo(f"note: {adapter.label}: {count} tensors of {component} were left out", err=True)
 
 
 def _print_info(info: AdapterInfo, modules: bool) -> None:

@@ -175,6 +175,53 @@ def test_kohya_names_are_mapped_with_the_base_and_scaled_by_alpha(tmp_path):
         load_adapter(tmp_path / "kohya.safetensors", ["other.weight"])
 
 
+def kohya_file(path, **modules):
+    """A file of rank-2 LoRA for flattened module names, with an alpha of 2."""
+    A, B = factors()
+    tensors = {}
+    for name in modules.values():
+        tensors |= {f"{name}.lora_down.weight": A, f"{name}.lora_up.weight": B}
+        tensors[f"{name}.alpha"] = np.array(2.0, np.float32)
+    save_file(tensors, path)
+    return path
+
+
+def test_of_a_pipelines_lora_the_part_of_the_base_is_taken(tmp_path):
+    path = kohya_file(
+        tmp_path / "k.safetensors",
+        unet="lora_unet_down_blocks_0_to_q",
+        first="lora_te1_text_model_encoder_layers_0_mlp_fc1",
+        second="lora_te2_text_model_encoder_layers_1_mlp_fc1",
+    )
+    unet = load_adapter(path, ["down_blocks.0.to_q.weight"])
+    assert list(unet.modules) == ["down_blocks.0.to_q.weight"]
+    assert unet.left_out == {"te1": 3, "te2": 3}
+    layers = [f"text_model.encoder.layers.{i}.mlp.fc1.weight" for i in range(2)]
+    assert list(load_adapter(path, layers[:1]).modules) == layers[:1]
+    with pytest.raises(CheckpointError, match=r"the base's names fit te1, te2: .*component='te1'"):
+        load_adapter(path, layers)
+    chosen = load_adapter(path, layers, component="te2")
+    assert list(chosen.modules) == layers[1:]
+    with pytest.raises(CheckpointError, match="fit none of them"):
+        load_adapter(path, ["other.weight"])
+    with pytest.raises(CheckpointError, match=r"several models \(te1, te2, unet\): give the base"):
+        load_adapter(path)
+    with pytest.raises(CheckpointError, match=r"no component 'te3' \(did you mean"):
+        load_adapter(path, layers, component="te3")
+
+
+def test_diffusers_components_are_told_apart_too(tmp_path):
+    A, B = factors()
+    stems = ("unet.mid.to_q", "text_encoder.text_model.fc1")
+    parts = {f"{s}.lora_{f}.weight": x for s in stems for f, x in (("A", A), ("B", B))}
+    save_file(parts, tmp_path / "lora.safetensors")
+    adapter = load_adapter(tmp_path / "lora.safetensors", ["text_model.fc1.weight"])
+    assert list(adapter.modules) == ["text_model.fc1.weight"]
+    assert adapter.left_out == {"unet": 2}
+    with pytest.raises(CheckpointError, match="several models"):
+        load_adapter(tmp_path / "lora.safetensors")
+
+
 @pytest.mark.parametrize(
     ("stem", "module"),
     [
