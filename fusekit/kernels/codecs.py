@@ -173,5 +173,3 @@ def narrow_to_odd(row: Array, out: Array) -> None:
                 bits[i] -= np.uint32(1)
             else:
                 bits[i] += np.uint32(1)
-
-
