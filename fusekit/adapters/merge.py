@@ -177,6 +177,16 @@ def merge_adapters(
     References:
         "TIES-Merging" arXiv 2306.01708, "DARE" arXiv 2311.03099, "LoRA-LEGO" arXiv 2409.16167,
         "Model merging with SVD to tie the Knots" arXiv 2410.19735.
+
+    Example:
+        >>> import numpy as np
+        >>> from fusekit.adapters import adapter_from_tensors
+        >>> config = {"peft_type": "LORA", "r": 1, "lora_alpha": 1}
+        >>> factors = {"q.lora_A.weight": np.ones((1, 3)), "q.lora_B.weight": np.ones((2, 1))}
+        >>> one = adapter_from_tensors(factors, config)
+        >>> merge_adapters([one, one], "cat", [0.5, 0.25]).modules["q.weight"].delta()
+        array([[0.75, 0.75, 0.75],
+               [0.75, 0.75, 0.75]], dtype=float32)
     """
     options = options or MergeOptions()
     weights = checked_weights(adapters, method, weights, options)

@@ -132,6 +132,11 @@ def load_adapter(
         CheckpointError: missing files, a PEFT type other than LoRA, options that change the
             forward pass in ways a weight update cannot express, factors that are missing or do not
             fit each other or the config. NaN or Inf is reported when its module is read.
+
+    Example:
+        >>> adapter = load_adapter("adapter")  # doctest: +SKIP
+        >>> list(adapter.modules)[:1]  # doctest: +SKIP
+        ['model.layers.0.self_attn.q_proj.weight']
     """
     weights, config_path = _files(Path(path))
     config = _read_config(config_path) if config_path is not None else None

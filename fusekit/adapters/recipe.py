@@ -187,6 +187,10 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
         RecipeError: unknown method or parameters, values out of range, keys of the recipe that mean
             nothing for adapters.
         CheckpointError: an adapter that cannot be read.
+
+    Example:
+        >>> plan_adapters(fusekit.load_recipe("recipe.yml")).weights  # doctest: +SKIP
+        (0.5, 0.5)
     """
     method = _method(recipe.merge_method)
     _refuse_keys(recipe)
