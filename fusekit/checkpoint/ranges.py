@@ -29,6 +29,21 @@ _EXPIRED = frozenset({401, 403, 404, 410})
 _SECRETS = frozenset({"authorization", "cookie"})
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+)")
 _VALIDATORS = ("ETag", "Last-Modified")
+_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "abfss": "adlfs",
+    "oci": "ocifs",
+    "oss": "ossfs",
+    "sftp": "paramiko",
+    "ssh": "paramiko",
+}
+"""What brings a scheme's file system."""
+
 _STAMPS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created", "generation", "md5")
 
 
@@ -237,17 +252,29 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {cause}"
 
 
+def open_file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a URL, with its own configuration, and the path in it.
+
+    Raises:
+        CheckpointError: an unknown scheme, or one whose package is not installed.
+    """
+    try:
+        import fsspec
+
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(urlsplit(url).scheme)
+        hint = f" (pip install {package})" if package and isinstance(error, ImportError) else ""
+        raise CheckpointError(f"{url}: cannot be opened: {error}{hint}") from None
+    return fs, str(path)
+
+
 class FsspecRanges(RangeReader):
     """A file on any file system fsspec knows, with that file system's own configuration."""
 
     def __init__(self, url: str) -> None:
         self.label = url
-        try:
-            import fsspec
-
-            self._fs, self._path = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"{url}: cannot be opened: {error}") from None
+        self._fs, self._path = open_file_system(url)
         self._stamps, self.size = self._info()
 
     def read(self, begin: int, end: int) -> bytes:

@@ -23,7 +23,8 @@ PLAIN_SECONDS = 10.0
 def merge(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Argument(help="Folder to create.", show_default=False)
+        str | None,
+        typer.Argument(help="Folder to create, or a URL (s3://bucket/model).", show_default=False),
     ] = None,
     into: Annotated[
         Path | None,
@@ -53,11 +54,18 @@ def merge(
     allow_nonfinite: Annotated[
         bool, typer.Option("--allow-nonfinite", help="Let NaN and Inf through, with a warning.")
     ] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(
+            help="Working folder of an output to a URL; default in ~/.cache/fusekit.",
+            show_default=False,
+        ),
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read hub models where they are, without storing them.")
     ] = False,
 ) -> None:
-    """Merge models as RECIPE says into the folder OUT."""
+    """Merge models as RECIPE says into the folder (or to the URL) OUT."""
     from fusekit.checkpoint.layout import parse_size
     from fusekit.engine.run import merge as run
 
@@ -82,6 +90,8 @@ def merge(
             allow_nonfinite=allow_nonfinite,
             on_progress=on_progress,
             on_compile=_say_compiling,
+            on_upload=_say_uploading,
+            work=work,
             stream=stream,
         )
     _print_report(report)
@@ -89,6 +99,10 @@ def merge(
 
 def _say_compiling() -> None:
     print("Compiling kernels: first use only, cached for all later runs.", file=sys.stderr)
+
+
+def _say_uploading(name: str) -> None:
+    print(f"uploading {name}", file=sys.stderr)
 
 
 @contextmanager
@@ -147,8 +161,6 @@ def _print_report(report: MergeReport) -> None:
         f"{report.seconds:.1f} s, {report.cpu_seconds:.1f} s CPU, "
         f"peak memory {size(report.peak_rss)}"
     )
-    for warning in report.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
     for warning in report.warnings:
         print(f"warning: {warning}", file=sys.stderr)
     for found in report.nonfinite:

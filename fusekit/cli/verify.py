@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,9 @@ from fusekit.cli.format import size
 
 
 def verify(
-    out: Annotated[Path, typer.Argument(help="A folder that fusekit wrote.", show_default=False)],
+    out: Annotated[
+        str, typer.Argument(help="A folder that fusekit wrote, or its URL.", show_default=False)
+    ],
 ) -> None:
     """Check every tensor of OUT against its manifest; exit status 1 if any differs."""
     from fusekit.engine.manifest import verify as check

@@ -13,7 +13,8 @@ import numpy as np
 
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.layout import SIDE_FILE
-from fusekit.checkpoint.safetensors import SafetensorsFile
+from fusekit.checkpoint.ranges import open_ranges
+from fusekit.checkpoint.remote import beside, is_url, read_small
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.plan import Plan
@@ -82,19 +83,17 @@ class Verification:
         return not self.problems
 
 
-def verify(out: Path) -> Verification:
-    """Compare every tensor of a merged folder with its manifest.
+def verify(out: str | Path) -> Verification:
+    """Compare every tensor of a merged folder, or of one at a URL, with its manifest.
 
     Raises:
         CheckpointError: no manifest, or one of another format.
     """
-    path = out / MANIFEST
+    path, text = _manifest_text(out)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(text)
         entries = dict(content["tensors"])
         known = content["format"] == FORMAT and content["checksum"] == ALGORITHM
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: not a fusekit manifest") from None
     if not known:
@@ -106,7 +105,7 @@ def verify(out: Path) -> Verification:
     side = content.get("side_tensors")
     if isinstance(side, dict):
         try:
-            found.append(_compare(SafetensorsFile(out / SIDE_FILE), side))
+            found.append(_compare(open_checkpoint(_inside(out, SIDE_FILE)).source, side))
         except CheckpointError as error:
             found.append(Verification(len(side), 0, (str(error),)))
     return Verification(
@@ -114,6 +113,22 @@ def verify(out: Path) -> Verification:
         sum(part.nbytes for part in found),
         tuple(problem for part in found for problem in part.problems),
     )
+
+
+def _inside(out: str | Path, name: str) -> str:
+    """The path or URL of a file of an output."""
+    return beside(f"{out}/", name) if is_url(str(out)) else str(Path(out) / name)
+
+
+def _manifest_text(out: str | Path) -> tuple[str, bytes]:
+    """Where the manifest of an output is, and its content."""
+    path = _inside(out, MANIFEST)
+    if is_url(str(out)):
+        return path, read_small(open_ranges(path))
+    try:
+        return path, Path(path).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _compare(source: TensorSource, entries: Mapping[str, Any]) -> Verification:

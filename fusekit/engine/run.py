@@ -29,6 +29,7 @@ from fusekit.engine.model_card import CARD, model_card
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
 from fusekit.engine.planner import plan_checkpoints, plan_recipe
+from fusekit.engine.remote_output import merge_to_url
 from fusekit.engine.stages import is_made, stages_folder
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.methods.base import Granularity
@@ -52,7 +53,7 @@ class Progress:
 class MergeReport:
     """What a merge did: bytes are those of tensors, times in seconds, memory in bytes."""
 
-    out: Path
+    out: Path | str
     tensors: int
     resumed: int
     bytes_read: int
@@ -78,6 +79,8 @@ def merge(
     allow_nonfinite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_compile: Callable[[], None] | None = None,
+    on_upload: Callable[[str], None] | None = None,
+    work: str | Path | None = None,
     stream: bool = False,
 ) -> MergeReport:
     """Merge models into a new checkpoint folder, or adapters into a new adapter folder.
@@ -86,9 +89,14 @@ def merge(
     recipe whose models are LoRA adapters gives an adapter, in one weight file, started over if
     it is interrupted.
 
+    Where `out` is a URL the output is made in a working folder on this machine, which needs room
+    for it, and then uploaded: the weights first and `manifest.json` last. Object stores have no
+    rename, so the manifest is the sign that an output is complete.
+
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
-        out: the folder to create. Until it is complete it is called `<out>.partial`.
+        out: the folder to create. Until it is complete it is called `<out>.partial`. Or a URL as a
+            string (`s3://bucket/model`), of any file system of fsspec that can be written to.
         into: instead of `out`, a checkpoint made by continual merging that the recipe's models are
             added to.
         threads: worker threads; default all processors. Does not change the result of methods that
@@ -100,6 +108,8 @@ def merge(
         allow_nonfinite: let NaN and Inf through and report them, instead of refusing them.
         on_progress: called a few times a second from the calling thread.
         on_compile: called once if kernels must be compiled, which only the first use needs.
+        on_upload: called with the name of every file before it is sent to a URL.
+        work: the working folder of an output to a URL; default one in the user's cache folder.
         stream: read models of the hub by byte range, without storing them.
 
     Returns:
@@ -116,40 +126,82 @@ def merge(
     loaded = load_recipe(recipe)
     if merges_adapters(loaded):
         _refuse_for_adapters(into=into, device=device, allow_nonfinite=allow_nonfinite)
-        return merge_adapter_recipe(loaded, _target(out), threads=threads, overwrite=overwrite)
-    if into is not None or find(loaded.merge_method).continual:
-        options = {
-            "threads": threads,
-            "device": device,
-            "out_shard_size": out_shard_size,
-            "resume": resume,
-            "allow_nonfinite": allow_nonfinite,
-            "on_progress": on_progress,
-            "on_compile": on_compile,
-            "stream": stream,
-        }
+    options: dict[str, Any] = {
+        "threads": threads,
+        "device": device,
+        "out_shard_size": out_shard_size,
+        "resume": resume,
+        "allow_nonfinite": allow_nonfinite,
+        "on_progress": on_progress,
+        "on_compile": on_compile,
+        "stream": stream,
+    }
+    if isinstance(out, str) and "://" in out and not out.startswith("file://"):
+        if into is not None or find(loaded.merge_method).continual:
+            raise FusekitError(
+                f"{out}: continual merging keeps its update beside the output, expected a folder "
+                "on this machine"
+            )
+        return merge_to_url(
+            functools.partial(_merge_locally, loaded, overwrite=True, reuse=resume, **options),
+            out,
+            work=None if work is None else Path(work).resolve(),
+            resume=resume,
+            overwrite=overwrite,
+            on_upload=on_upload,
+        )
+    if work is not None:
+        raise FusekitError("work: only outputs to a URL have a working folder; leave it out")
+    if into is not None or (not merges_adapters(loaded) and find(loaded.merge_method).continual):
         return _merge_continually(loaded, out, into, overwrite, options)
-    target = _target(out)
+    return _merge_locally(loaded, _target(out), overwrite=overwrite, **options)
+
+
+def _merge_locally(
+    recipe: Recipe,
+    target: Path,
+    *,
+    overwrite: bool,
+    reuse: bool = False,
+    threads: int | None,
+    out_shard_size: int,
+    stream: bool,
+    **options: Any,
+) -> MergeReport:
+    """Merge into a folder on this machine; with `reuse`, keep it if it is what would be made."""
+    if merges_adapters(recipe):
+        return merge_adapter_recipe(recipe, target, threads=threads, overwrite=overwrite)
     check_target(target, overwrite)
-    run = functools.partial(
-        run_plan,
-        threads=threads,
-        device=device,
-        resume=resume,
-        allow_nonfinite=allow_nonfinite,
-        on_progress=on_progress,
-        on_compile=on_compile,
-    )
+
+    def run(plan: Plan, folder: Path) -> MergeReport:
+        return run_plan(plan, folder, threads=threads, **options)
+
     planned = functools.partial(plan_recipe, shard_bytes=out_shard_size, stream=stream)
-    stages = _make_stages(loaded, stages_folder(target), planned, run) if loaded.stages else {}
-    with contextlib.closing(planned(loaded, stages=stages)) as plan:
+    stages = _make_stages(recipe, stages_folder(target), planned, run) if recipe.stages else {}
+    with contextlib.closing(planned(recipe, stages=stages)) as plan:
+        if reuse and is_made(target, plan):
+            return MergeReport(
+                out=target,
+                tensors=len(plan.tensors),
+                resumed=len(plan.tensors),
+                bytes_read=0,
+                bytes_written=0,
+                seconds=0.0,
+                cpu_seconds=0.0,
+                peak_rss=_peak_rss(),
+                warnings=plan.warnings,
+            )
         return run(plan, target)
+
+
+def _peak_rss() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _target(out: str | Path | None) -> Path:
     if out is None:
         raise FusekitError("out is missing: the folder to create")
-    return Path(out).resolve()
+    return Path(out.removeprefix("file://") if isinstance(out, str) else out).resolve()
 
 
 def _refuse_for_adapters(into: str | Path | None, device: str, allow_nonfinite: bool) -> None:
@@ -233,7 +285,7 @@ def run_plan(
         bytes_written=execution.bytes_written,
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=_peak_rss(),
         nonfinite=tuple(execution.nonfinite),
         overflows=execution.overflows,
         warnings=plan.warnings,

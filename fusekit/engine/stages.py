@@ -52,4 +52,7 @@ def is_made(folder: Path, plan: Plan) -> bool:
     except (OSError, ValueError):
         return False
     expected = json.loads(json.dumps([dict(plan.recipe), input_identities(plan)]))
-    return bool([content.get("recipe"), content.get("inputs")] == expected)
+    if [content.get("recipe"), content.get("inputs")] != expected:
+        return False
+    files = {p.name: plan.layout.shard_of[p.name].file_name for p in plan.tensors}
+    return {name: entry["file"] for name, entry in content["tensors"].items()} == files

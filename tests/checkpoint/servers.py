@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
+
+if TYPE_CHECKING:
+    import pytest
 
 
 @dataclass
@@ -157,3 +160,27 @@ def add_hub_error(state: FileServer, path: str, status: int, code: str) -> None:
         {"error": code},
         {"X-Error-Code": code, "X-Error-Message": code},
     )
+
+
+@contextmanager
+def s3_bucket(environment: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL of an empty bucket of a local S3 server, to which the environment leads."""
+    import pytest
+
+    s3fs = pytest.importorskip("s3fs")
+    boto3 = pytest.importorskip("boto3")
+    moto_server = pytest.importorskip("moto.server")
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment.setenv("AWS_ACCESS_KEY_ID", "test")
+    environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    environment.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    boto3.client("s3", endpoint_url=f"http://{host}:{port}").create_bucket(Bucket="models")
+    s3fs.S3FileSystem.clear_instance_cache()
+    try:
+        yield "s3://models"
+    finally:
+        s3fs.S3FileSystem.clear_instance_cache()
+        server.stop()
