@@ -70,17 +70,17 @@ def test_kills_at_random_points_do_not_change_a_byte(
 
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     chance = random.Random(1)
-    killed = finished = 0
+    killed = interrupted = 0
     while killed < KILLS:
         if merge_and_die(recipe, out, chance.uniform(0.0, 1.3) * usual):
             killed += 1
+            interrupted += partial.exists()
         if out.exists():
             assert contents(out) == expected
             assert fusekit.verify(out).ok
             assert not partial.exists()
-            finished += 1
             for path in (*out.iterdir(), out):
                 path.rmdir() if path.is_dir() else path.unlink()
     fusekit.merge(recipe, out, threads=2, out_shard_size=20_000)
     assert contents(out) == expected
-    assert finished < KILLS, "no kill came in time"
+    assert interrupted > KILLS / 2, "most kills came too early or too late"
