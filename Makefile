@@ -18,6 +18,7 @@ $(VENV)/.dev: $(VENV)/.core
 	touch $@
 
 demo: $(VENV)/.core
+	$(BIN)/pip install -q -c constraints.txt -e '.[report]'
 	$(BIN)/fusekit demo
 
 test: $(VENV)/.dev lint

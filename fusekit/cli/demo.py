@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -55,9 +56,7 @@ def demo(
             recipe["base_model"] = str(base)
         path = out / f"{name}.yml"
         path.write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
-        command = ["merge", str(path), str(out / name), "--overwrite"]
-        print(f"$ fusekit {' '.join(command)}", flush=True)
-        subprocess.run([sys.executable, "-m", "fusekit", *command], check=True)
+        _run("merge", str(path), str(out / name), "--overwrite")
         rows.append((f"merge {name}", digits.evaluate(out / name)))
     _print_table(rows)
     print(
@@ -65,6 +64,28 @@ def demo(
         "Scales (lambda, beta) were chosen on other, validation digits.\n"
         f"Recipes and merged checkpoints are in {out}/."
     )
+    _report(out)
+
+
+def _run(*arguments: str, silent: bool = False) -> None:
+    """An ordinary command, shown as a user would type it."""
+    print(f"$ fusekit {' '.join(arguments)}", flush=True)
+    output = subprocess.PIPE if silent else None
+    subprocess.run(
+        [sys.executable, "-m", "fusekit", *arguments], check=True, stdout=output, stderr=output
+    )
+
+
+def _report(out: Path) -> None:
+    """The same experts under a few methods, tuned and not, as an HTML page."""
+    if importlib.util.find_spec("plotly") is None:
+        print("For an HTML report as well: pip install 'fusekit[report]' and run this again.")
+        return
+    page = out / "report.html"
+    methods = "linear,task_arithmetic,ties"
+    options = ("--budget", "4", "--out", str(out / "suite"), "--html", str(page))
+    _run("suite", "run", "digits", "--methods", methods, *options, silent=True)
+    print(f"HTML report, these methods tuned and not, with confidence intervals: {page}")
 
 
 def _print_table(rows: list[tuple[str, dict[str, float]]]) -> None:
