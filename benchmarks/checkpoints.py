@@ -17,7 +17,9 @@ VOCABULARY = 32000
 
 
 def llama_shapes(parameters: float) -> dict[str, tuple[int, ...]]:
-    """Tensor shapes of a Llama-style model with roughly this many parameters."""
+    """Tensor shapes of a Llama-style model with roughly this many parameters; 0: next to none."""
+    if not parameters:
+        return _shapes(1, 64, vocabulary=64)
     layers = 24 if parameters < 2e9 else 32
     hidden = 256
     while _count(_shapes(layers, hidden + 128)) <= parameters:
@@ -25,9 +27,9 @@ def llama_shapes(parameters: float) -> dict[str, tuple[int, ...]]:
     return _shapes(layers, hidden)
 
 
-def _shapes(layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    inner = int(hidden * 8 / 3) // 128 * 128
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+def _shapes(layers: int, hidden: int, vocabulary: int = VOCABULARY) -> dict[str, tuple[int, ...]]:
+    inner = max(128, int(hidden * 8 / 3) // 128 * 128)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocabulary, hidden)}
     for i in range(layers):
         prefix = f"model.layers.{i}."
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -38,7 +40,7 @@ def _shapes(layers: int, hidden: int) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
         shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
     shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (VOCABULARY, hidden)
+    shapes["lm_head.weight"] = (vocabulary, hidden)
     return shapes
 
 
@@ -68,7 +70,7 @@ def write_family(folder: Path, parameters: float, models: int, dtype: str = "bfl
     rng = np.random.default_rng(0)
     # A pool of noise is drawn once and cut at random places: drawing it all would take minutes.
     pool = rng.standard_normal(1 << 24, dtype=np.float32)
-    for shape in sorted(shapes.values(), key=lambda s: 0):
+    for shape in shapes.values():
         size, done = int(np.prod(shape)), 0
         while done < size:
             count = min(size - done, 1 << 20)
