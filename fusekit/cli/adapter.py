@@ -145,7 +145,7 @@ def merge(
         str | None, typer.Option(help="Base model, for DoRA adapters and kohya files.")
     ] = None,
     component: Annotated[
-        str | None, typer.Option(help="Which part of a LoRA file for several models: unet or te1.")
+        str | None, typer.Option(help="The part of a LoRA file for several models (unet, te1).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
@@ -290,7 +290,7 @@ def info(
     adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, or LoRA files.")],
     modules: Annotated[bool, typer.Option("--modules", help="List every module.")] = False,
     component: Annotated[
-        str | None, typer.Option(help="Which part of a LoRA file for several models: unet or te1.")
+        str | None, typer.Option(help="The part of a LoRA file for several models (unet, te1).")
     ] = None,
 ) -> None:
     """Ranks, scalings and norms; with several ADAPTERS also how far they overlap."""
