@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.source import TensorInfo
-from fusekit.engine.operands import Slice
+from fusekit.engine.operands import Operands, Slice
 from fusekit.engine.plan import TensorRef
 from fusekit.engine.units import Unit
 from fusekit.errors import CheckpointError, RecipeError, did_you_mean
@@ -308,6 +308,50 @@ class Matcher:
             f"{info.dtype.torch_name}, expected {reference.dtype.torch_name} as in "
             f"{self._checkpoints[lead].source.where(reference.name)}"
         )
+
+
+def head_notes(
+    operands: Operands, checkpoints: Sequence[Checkpoint], written: Sequence[str]
+) -> list[str]:
+    """What becomes of the head where slices take the last layers from other models than the first.
+
+    The embedding belongs to the first slice, the head to the last. A tied head is an embedding.
+
+    Raises:
+        RecipeError: the models of the last slice have no head of their own, those of the first do,
+            so the output would have none.
+    """
+    if any(HEAD_NAMES.search(name) for name in written):
+        return []
+    opened = {checkpoint.reference: checkpoint for checkpoint in checkpoints}
+    notes = []
+    for section in operands.sections:
+        first, last = (
+            [operand.model for operand in section.slices[end].operands] for end in (0, -1)
+        )
+        if set(first) == set(last):
+            continue
+        own = next((model for model in first if _holds_head(opened[model])), None)
+        if own is not None:
+            raise RecipeError(
+                f"slices: the output would have no output head: {own} has one of its own, but the "
+                f"last slice is made of {last[0]}, which shares its head with its embedding; add "
+                f"{own} to the last slice's sources or end with its layers"
+            )
+        if declared_tie(opened[last[0]].config() or {}):
+            notes.append(
+                f"the output head is the embedding of {', '.join(first)}, since the models are "
+                f"tied, but the last layers are those of {', '.join(last)}, which were trained "
+                "with another embedding as head"
+            )
+    return notes
+
+
+def _holds_head(checkpoint: Checkpoint) -> bool:
+    """Whether a model has an output head that its config does not say is its embedding."""
+    return declared_tie(checkpoint.config() or {}) is not True and any(
+        HEAD_NAMES.search(name) for name in checkpoint.source.tensors
+    )
 
 
 def declared_tie(config: Mapping[str, Any]) -> bool | None:

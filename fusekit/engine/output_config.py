@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.source import TensorInfo
-from fusekit.engine.matching import Heads
+from fusekit.engine.matching import Heads, declared_tie
 from fusekit.engine.units import StackedLayers
+from fusekit.errors import RecipeError
 from fusekit.tokenizers.config import config_vocab_size, with_vocab_size
-from fusekit.tokenizers.embedding import EMBEDDING_NAMES
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
 
 LAYER_KEYS = (
     "num_hidden_layers",
@@ -25,6 +26,30 @@ LAYER_KEYS = (
     "depth",
 )
 """Keys under which configs count layers."""
+
+_LAYER_NUMBERS = (
+    "mlp_only_layers",
+    "moe_layers",
+    "cross_attention_layers",
+    "hybrid_layer_ids",
+    "full_attn_idxs",
+)
+"""Keys whose lists hold numbers of layers."""
+
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
+"""Keys that say how many of the first layers are of another kind."""
+
+_EVERY_NTH = (
+    "decoder_sparse_step",
+    "moe_layer_freq",
+    "interleave_moe_layer_step",
+    "expert_layer_period",
+    "attn_layer_period",
+    "full_attention_interval",
+    "sliding_window_pattern",
+    "global_attn_every_n_layers",
+)
+"""Keys that say that every so many layers one is of another kind."""
 
 _NOT_PER_LAYER = frozenset(
     {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "mrope_section", "depths"}
@@ -59,7 +84,8 @@ def output_config(
     for stacked in stacks:
         _set_layers(updated, stacked, models)
     _set_vocabulary(updated, reference, tensors)
-    if heads.untied:
+    written = any(HEAD_NAMES.search(info.name) and len(info.shape) == 2 for info in tensors)
+    if heads.untied or (stacks and written and declared_tie(updated)):
         _set_untied(updated)
     if dtype is not None:
         updated["torch_dtype" if "torch_dtype" in updated else "dtype"] = dtype
@@ -88,8 +114,14 @@ def _set_layers(
         return
     holder = _at(config, path)
     sources = {model: _at(models[model].config() or {}, path) for model, _ in stacked.origins}
+    _set_layer_numbers(holder, stacked, sources)
     for key, value in list(holder.items()):
-        if key in _NOT_PER_LAYER or not isinstance(value, list) or len(value) != stacked.depth:
+        if (
+            key in _NOT_PER_LAYER
+            or key in _LAYER_NUMBERS
+            or not isinstance(value, list)
+            or len(value) != stacked.depth
+        ):
             continue
         gathered = []
         for model, index in stacked.origins:
@@ -100,6 +132,50 @@ def _set_layers(
     for key in LAYER_KEYS:
         if holder.get(key) == stacked.depth and _about(key, stacked.stack):
             holder[key] = len(stacked.origins)
+
+
+def _set_layer_numbers(
+    holder: dict[str, Any], stacked: StackedLayers, sources: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Settings that name layers by number, for the numbers that the layers have in the output.
+
+    Raises:
+        RecipeError: the layers are in an order that such a setting cannot describe.
+    """
+    for key in _LAYER_NUMBERS:
+        if isinstance(holder.get(key), list):
+            holder[key] = [
+                number
+                for number, (model, index) in enumerate(stacked.origins)
+                if index in (sources[model].get(key) or ())
+            ]
+    for key in _FIRST_LAYERS:
+        if isinstance(holder.get(key), int):
+            kinds = [index < (sources[model].get(key) or 0) for model, index in stacked.origins]
+            holder[key] = sum(kinds)
+            if not all(kinds[: holder[key]]):
+                number = kinds.index(False)
+                _refuse_order(key, stacked, number, "comes before one of the first kind of layers")
+    for key in _EVERY_NTH:
+        period = holder.get(key)
+        if not isinstance(period, int) or period < 2 or "layer_types" in holder:
+            continue
+        for number, (model, index) in enumerate(stacked.origins):
+            if sources[model].get(key) != period:
+                found = f"is of a model with {key}: {sources[model].get(key)}, expected {period}"
+                _refuse_order(key, stacked, number, found)
+            if number % period != index % period:
+                found = f"must be one with the remainder {number % period} when divided by {period}"
+                _refuse_order(key, stacked, number, found)
+
+
+def _refuse_order(key: str, stacked: StackedLayers, number: int, why: str) -> NoReturn:
+    model, index = stacked.origins[number]
+    raise RecipeError(
+        f"slices: {key} in config.json says by their numbers of which kind layers are, and cannot "
+        f"describe the new order: layer {number} of the output, which is layer {index} of {model}, "
+        f"{why}"
+    )
 
 
 def _about(key: str, stack: str) -> bool:

@@ -16,7 +16,7 @@ from fusekit.checkpoint.layers import Layer, infer_layers
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.chat_template import with_chat_template
-from fusekit.engine.matching import Matched, Matcher
+from fusekit.engine.matching import Matched, Matcher, head_notes
 from fusekit.engine.operands import Operands, choose_operands
 from fusekit.engine.output_config import output_config, part_configs
 from fusekit.engine.plan import Kind, Plan, PlannedTensor
@@ -160,7 +160,17 @@ def plan_checkpoints(
             heads=matcher.heads,
         ),
         files=_files(recipe, vocabulary, opened, opened[reference]),
-        warnings=tuple(dict.fromkeys([*operands.notes, *vocabulary.notes, *matcher.notes()])),
+        warnings=tuple(
+            dict.fromkeys(
+                [
+                    *recipe.notes,
+                    *operands.notes,
+                    *vocabulary.notes,
+                    *matcher.notes(),
+                    *head_notes(operands, opened, [tensor.info.name for tensor in matched]),
+                ]
+            )
+        ),
     )
 
 

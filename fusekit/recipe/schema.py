@@ -149,7 +149,8 @@ class LayerScaling(_Strict):
 class Recipe(_Strict):
     """What to merge and how; exactly one of `models`, `slices` and `modules` says of what.
 
-    `stages` are the other documents of the file that this one draws on, each after those it needs.
+    `stages` are the other documents of the file that this one draws on, each after those it needs;
+    `notes` what the user should be told about what is written.
 
     >>> Recipe.model_validate({"merge_method": "linear", "models": [{"model": "a"}]}).seed
     0
@@ -173,6 +174,7 @@ class Recipe(_Strict):
     seed: int = Field(default=0, ge=0, lt=2**64, strict=True)
     folder: Path | None = Field(default=None, exclude=True)
     stages: tuple[Recipe, ...] = Field(default=(), exclude=True)
+    notes: tuple[str, ...] = Field(default=(), exclude=True)
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
@@ -217,7 +219,7 @@ class Recipe(_Strict):
         return dtype.torch_name
 
 
-_KEYS = [name for name in Recipe.model_fields if name not in {"folder", "stages"}]
+_KEYS = [name for name in Recipe.model_fields if name not in {"folder", "stages", "notes"}]
 
 
 def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> Recipe:
@@ -274,15 +276,31 @@ def _needed(recipe: Recipe, named: Mapping[str, Recipe]) -> set[str]:
 
 
 def _validated(content: dict[str, Any], label: str, folder: Path | None) -> Recipe:
-    for key in ("folder", "stages"):
+    for key in ("folder", "stages", "notes"):
         if key in content:
             raise RecipeError(f"{label}: unknown key {key!r}{did_you_mean(key, _KEYS)}")
     try:
-        return Recipe.model_validate({**content, "folder": folder})
+        return Recipe.model_validate({**content, "folder": folder, "notes": _notes(content)})
     except ValidationError as error:
         raise RecipeError(f"{label}: {_first_problem(error)}") from None
     except RecipeError as error:
         raise RecipeError(f"{label}: {error}") from None
+
+
+def _notes(content: Any) -> tuple[str, ...]:
+    """What is understood in a recipe but changes nothing."""
+    if not _holds_key(content, "override_architecture"):
+        return ()
+    return (
+        "override_architecture has no effect: layers are read off the tensors' names, whatever "
+        "architecture the config names",
+    )
+
+
+def _holds_key(content: Any, key: str) -> bool:
+    if isinstance(content, Mapping):
+        return key in content or any(_holds_key(value, key) for value in content.values())
+    return isinstance(content, list) and any(_holds_key(value, key) for value in content)
 
 
 def _first_problem(error: ValidationError) -> str:
