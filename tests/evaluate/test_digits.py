@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import ml_dtypes
@@ -167,16 +166,6 @@ def test_bfloat16_expert_keeps_its_accuracy() -> None:
     }
     exact = digits.evaluate(path, tasks=["halved"])["halved"]
     assert digits.evaluate(rounded, tasks=["halved"])["halved"] == pytest.approx(exact, abs=0.01)
-
-
-def test_all_tasks_are_scored_in_a_tenth_of_a_second() -> None:
-    digits.evaluate(digits.base())
-    durations = []
-    for _ in range(3):
-        start = time.perf_counter()
-        digits.evaluate(digits.base())
-        durations.append(time.perf_counter() - start)
-    assert min(durations) < 0.1
 
 
 def test_normalised_divides_by_the_reference() -> None:
