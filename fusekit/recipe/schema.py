@@ -298,9 +298,20 @@ def _notes(content: Any) -> tuple[str, ...]:
 
 
 def _holds_key(content: Any, key: str) -> bool:
-    if isinstance(content, Mapping):
-        return key in content or any(_holds_key(value, key) for value in content.values())
-    return isinstance(content, list) and any(_holds_key(value, key) for value in content)
+    """Whether a mapping anywhere in a document has the key; aliases may make it deep or a cycle."""
+    waiting, seen = [content], set()
+    while waiting:
+        part = waiting.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Mapping):
+            if key in part:
+                return True
+            waiting.extend(part.values())
+        elif isinstance(part, list):
+            waiting.extend(part)
+    return False
 
 
 def _first_problem(error: ValidationError) -> str:
