@@ -5,8 +5,6 @@ Planning reads headers only; its time is linear in the number of tensors.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -138,16 +136,6 @@ class Plan:
     @property
     def output_bytes(self) -> int:
         return self.layout.nbytes
-
-    @cached_property
-    def digest(self) -> str:
-        """Identifies what will be written: recipe, inputs' identities and layout."""
-        content = {
-            "recipe": self.recipe,
-            "inputs": [source.identity() for source in self.sources],
-            "shards": [[shard.file_name, shard.nbytes] for shard in self.layout.files],
-        }
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def close(self) -> None:
         """Close all sources."""
