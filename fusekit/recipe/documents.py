@@ -15,7 +15,14 @@ MAX_NODES = 1_000_000
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """YAML without the last of two equal keys silently winning."""
+    """YAML without the last of two equal keys silently winning; bad values are YAML errors."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, OverflowError):
+            problem = f"{str(node.value)[:40]!r} is no {node.tag.rpartition(':')[2]}"
+            raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark) from None
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[tuple[str, str]] = set()

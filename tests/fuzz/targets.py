@@ -194,6 +194,7 @@ SEEDS: dict[str, list[bytes]] = {
         b"modules: {a: {models: [{model: {model: {path: p}, lora: {path: q}}}]}}",
         b"base_model: a\nexperts: [{source_model: b, positive_prompts: [x]}]\ngate_mode: random",
         b"a: &a [*a]",
+        b"merge_method: linear\nmodels: [{model: 2026-00-01}]",
         b"a: &a [1,1]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: &d [*c,*c]\ne: [*d,*d]",
         b"!!python/object/apply:os.system [ls]",
         b"? [1]\n: 2",
