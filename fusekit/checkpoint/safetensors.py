@@ -171,12 +171,19 @@ class SafetensorsFile(TensorSource):
             done += more
 
     def prefetch(self, name: str, start: int, stop: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            info, begin, _ = self._extents[name]
-            width = info.dtype.itemsize
-            os.posix_fadvise(
-                self._fd, begin + start * width, (stop - start) * width, os.POSIX_FADV_WILLNEED
-            )
+        if not hasattr(os, "posix_fadvise") or stop == start:
+            return
+        info, begin, _ = self._extents[name]
+        first, end = (begin + position * info.dtype.itemsize for position in (start, stop))
+        if not (self._is_cached(first) and self._is_cached(end - 1)):
+            os.posix_fadvise(self._fd, first, end - first, os.POSIX_FADV_WILLNEED)
+
+    def _is_cached(self, position: int) -> bool:
+        """Whether a byte is in memory: asking for the rest walks every page, which costs time."""
+        try:
+            return os.preadv(self._fd, [bytearray(1)], position, os.RWF_NOWAIT) == 1
+        except (OSError, AttributeError):  # not cached, or a system that cannot tell
+            return False
 
     def identity(self) -> dict[str, Any]:
         import xxhash
