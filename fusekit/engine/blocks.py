@@ -18,7 +18,7 @@ from fusekit.methods.base import Block, Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BLOCK_ELEMENTS = 65536
+BLOCK_ELEMENTS = 131072
 """Default block: its decoded rows stay in the cache, and Python's share of the work is small."""
 
 MAX_VIEWS = 256
