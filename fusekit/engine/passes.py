@@ -19,7 +19,7 @@ import numpy as np
 
 from fusekit.engine.blocks import BlockReader
 from fusekit.engine.plan import PlannedTensor
-from fusekit.kernels import GRANULE, gram, order
+from fusekit.kernels import gram, order
 from fusekit.methods.base import (
     Additive,
     Block,
@@ -28,7 +28,6 @@ from fusekit.methods.base import (
     OrderValue,
     Request,
     Sequential,
-    Summary,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -107,19 +106,15 @@ def is_divisible(request: Request, planned: PlannedTensor) -> bool:
     return request.unit(planned.shape) == 1
 
 
-def grain(summary: Summary, planned: PlannedTensor) -> int:
-    """Elements per partial sum."""
-    unit = summary.unit(planned.shape)
-    return GRANULE if unit == 1 else unit
-
-
 class _Sums(Accumulator):
     """Additive summaries: partial sums per grain, added in order of position and tensor."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         super().__init__(members)
         self._partials = [
-            np.zeros((-(-planned.size // grain(summary, planned)), summary.width(planned.tensor)))
+            np.zeros(
+                (-(-planned.size // summary.grain(planned.shape)), summary.width(planned.tensor))
+            )
             for planned, summary in members
         ]
         self._total = np.zeros(self._partials[0].shape[1])
@@ -127,7 +122,7 @@ class _Sums(Accumulator):
 
     def measure(self, span: Span, reader: BlockReader) -> None:
         planned, summary = self.members[span.member]
-        size = grain(summary, planned)
+        size = summary.grain(planned.shape)
         partials = self._partials[span.member]
         for block in reader.blocks(summary, span.start, span.stop):
             first = block.start // size
@@ -316,7 +311,7 @@ class _Order(Accumulator):
                 member += 1
             planned, summary = self.members[member]
             unit = summary.unit(planned.shape)
-            align = grain(summary, planned)
+            align = summary.grain(planned.shape)
             start = (position - self._offsets[member]) // align * align
             stop = min(start + -(-PIECE_ELEMENTS // unit) * unit, planned.size)
             pieces.append(Span(member, start, stop))

@@ -45,27 +45,6 @@ def gram(rows: Array, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def absolute_sums(rows: Array, out: Array) -> None:
-    """sum |rows[i]| per granule: out is (granules, n)."""
-    n, size = rows.shape
-    lanes = np.empty(_LANES, np.float64)
-    for granule in range(out.shape[0]):
-        begin = granule * _GRANULE
-        end = min(begin + _GRANULE, size)
-        for r in range(n):
-            lanes[:] = 0.0
-            for start in range(begin, end, _LANES):
-                stop = min(start + _LANES, end)
-                part = rows[r, start:stop]
-                for i in range(stop - start):
-                    lanes[i] += abs(np.float64(part[i]))
-            total = 0.0
-            for i in range(_LANES):
-                total += lanes[i]
-            out[granule, r] = total
-
-
-@njit(nogil=True, cache=True)
 def add_rows(rows: Array, total: Array) -> None:
     """total += rows[0]; total += rows[1]; ... strictly in order."""
     for i in range(rows.shape[0]):

@@ -1,4 +1,4 @@
-"""Dropping the largest entries of a row, keeping the positions where models differ most, norms."""
+"""Dropping the largest entries of a row, keeping the positions where models differ most."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numba import njit
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
-_LANES = 64
 
 
 @njit(nogil=True, cache=True)
@@ -89,19 +88,3 @@ def keep_where(chosen: Array, rows: Array) -> None:
         row = rows[r]
         for i in range(chosen.size):
             row[i] = row[i] if chosen[i] != 0 else zero
-
-
-@njit(nogil=True, cache=True)
-def squared_sums(row: Array, grain: int, out: Array) -> None:
-    """out[g] = the sum of squares of the g-th `grain` elements."""
-    lanes = np.empty(_LANES, np.float64)
-    for g in range(out.size):
-        lanes[:] = 0.0
-        for start in range(g * grain, min((g + 1) * grain, row.size), _LANES):
-            part = row[start : min(start + _LANES, (g + 1) * grain, row.size)]
-            for i in range(part.size):
-                lanes[i] += np.float64(part[i]) * np.float64(part[i])
-        total = 0.0
-        for i in range(_LANES):
-            total += lanes[i]
-        out[g] = total

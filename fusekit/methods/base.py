@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fusekit.checkpoint.layers import Layer
+from fusekit.kernels import GRANULE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -173,6 +174,11 @@ class Request(ABC):
     def unit(self, shape: tuple[int, ...]) -> int:
         """Blocks are cut at multiples of this many elements (1: anywhere)."""
         return 1
+
+    def grain(self, shape: tuple[int, ...]) -> int:
+        """Elements per partial sum: a granule, or one unit where blocks are cut at units."""
+        unit = self.unit(shape)
+        return GRANULE if unit == 1 else unit
 
 
 class Summary(Request):

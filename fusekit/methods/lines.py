@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from fusekit import kernels
 from fusekit.checkpoint.layers import Layer
 from fusekit.errors import RecipeError, did_you_mean
-from fusekit.kernels import GRANULE
 from fusekit.methods.base import (
     Additive,
     Block,
@@ -192,9 +191,8 @@ class UpdateNorms(Additive):
         kernels.linear.weighted_sum(block.rows, np.ones(n), base, -float(n), updates[0])
         self.combine.apply(block, updates[1])
         updates[1] -= block.base
-        unit = self.unit(block.tensor.shape)
         what = {"l1": 1, "l2": 0}[self.norm]
-        kernels.norms.sums(updates, what, GRANULE if unit == 1 else unit, out)
+        kernels.norms.sums(updates, what, self.grain(block.tensor.shape), out)
 
     def result(self, total: Array) -> tuple[float, float]:
         summed, merged = total.tolist()

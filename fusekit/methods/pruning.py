@@ -277,9 +277,10 @@ class PrunedSums(OnPruned, Additive):
         return PrunedSums
 
     def measure(self, block: Block, out: Array) -> None:
-        n = len(block.rows)
-        kernels.gram.absolute_sums(block.rows, out[:, :n])
-        kernels.gram.absolute_sums(prune(block, self.prunings), out[:, n:])
+        n, norms = len(block.rows), kernels.norms
+        grain = self.grain(block.tensor.shape)
+        norms.sums(block.rows, norms.MAGNITUDES, grain, out[:, :n])
+        norms.sums(prune(block, self.prunings), norms.MAGNITUDES, grain, out[:, n:])
 
     def result(self, total: Array) -> Array:
         return total.reshape(2, -1)

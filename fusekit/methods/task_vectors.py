@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusekit import kernels
-from fusekit.kernels import GRANULE
 from fusekit.methods.base import (
     Additive,
     Block,
@@ -126,10 +125,8 @@ class SquaredNorms(OnPruned, Additive):
 
     def measure(self, block: Block, out: Array) -> None:
         rows = prune(block, self.prunings)
-        unit = self.unit(block.tensor.shape)
-        grain = GRANULE if unit == 1 else unit
-        for model in range(len(rows)):
-            kernels.thin.squared_sums(rows[model], grain, out[:, model])
+        norms = kernels.norms
+        norms.sums(rows, norms.SQUARES, self.grain(block.tensor.shape), out)
 
 
 def given_weights(tensor: Tensor) -> tuple[float, ...]:

@@ -72,7 +72,8 @@ class SumsOfMagnitudes(Additive):
         return tensor.models
 
     def measure(self, block: Block, out: Array) -> None:
-        kernels.gram.absolute_sums(block.rows, out)
+        norms = kernels.norms
+        norms.sums(block.rows, norms.MAGNITUDES, self.grain(block.tensor.shape), out)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fusekit.kernels import GRANULE, gram
+from fusekit.kernels import GRANULE, gram, norms
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -62,7 +62,7 @@ def test_the_sum_of_a_granule_does_not_depend_on_the_granules_around_it() -> Non
 def test_absolute_sums_per_granule(size: int) -> None:
     rows = rows_of(3, size)
     out = np.full((len(granules(size)), 3), np.nan)
-    gram.absolute_sums(rows, out)
+    norms.sums(rows, norms.MAGNITUDES, GRANULE, out)
     expected = [np.abs(rows[:, part].astype(np.float64)).sum(axis=1) for part in granules(size)]
     np.testing.assert_allclose(out, expected, rtol=1e-14)
 
