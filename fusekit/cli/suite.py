@@ -56,6 +56,40 @@ def run(
         print(f"report: {html}", file=sys.stderr)
 
 
+@app.command("build")
+def build(
+    name: Annotated[str, typer.Argument(help="A suite that is trained first.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder for the suite.", show_default=False)],
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the data, for suites that need some.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the data's split and the training.")] = 0,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, a setting of the suite.")
+    ] = None,
+) -> None:
+    """Train the base and experts of suite NAME; what is there is not trained again."""
+    import yaml
+
+    from fusekit.evaluate.building import build_suite
+
+    given = {}
+    for item in settings or []:
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise typer.BadParameter(f"--set: found {item!r}, expected key=value")
+        given[key.strip()] = yaml.safe_load(value)
+    path = build_suite(
+        name,
+        out,
+        data=data,
+        seed=seed,
+        settings=given,
+        on_progress=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    print(f"suite: {path} (next: fusekit suite run {path})")
+
+
 @app.command("study")
 def study(
     suite: Annotated[

@@ -22,6 +22,7 @@ from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
+from fusekit.evaluate.suite import Settings, only_known
 
 TASKS = ("parity", "modulo_3", "modulo_5", "halved", "thirded", "mirrored")
 """What the experts can tell of a digit d: d % 2, d % 3, d % 5, d // 2, d // 3, min(d, 9 - d)."""
@@ -56,6 +57,23 @@ def base() -> Path:
 def experts() -> dict[str, Path]:
     """`task -> folder` of the experts, each fine-tuned from the base on its task."""
     return {task: _DATA / f"expert_{task}" for task in TASKS}
+
+
+class DigitsEvaluator:
+    """Scores an encoder on this suite's tasks; an `Evaluator`."""
+
+    identity = "digits"
+
+    def __call__(
+        self, checkpoint: Path, split: Split, tasks: Sequence[str]
+    ) -> Mapping[str, NDArray[np.bool_]]:
+        return correct(checkpoint, split, tasks)
+
+
+def evaluator(settings: Settings, folder: Path) -> DigitsEvaluator:
+    """The evaluator of the embedded suite; an `EvaluatorFactory` without settings."""
+    only_known(settings, ())
+    return DigitsEvaluator()
 
 
 @cache

@@ -120,7 +120,7 @@ def run_suite(
     experts = {task: cells.outcomes(task, path) for task, path in suite.experts.items()}
     own = {task: experts[task][task] for task in suite.tasks}
     sizes = {task: len(hits) for task, hits in own.items()}
-    drawn = resample(sizes, resamples, seed, suite.shared_examples)
+    drawn = resample(sizes, resamples, seed, suite.shared_examples, suite.average)
     cells_by_row, failed = _run_methods(cells, chosen, budget)
     rows: list[Row] = []
     reference: Outcomes | None = None
@@ -131,8 +131,8 @@ def run_suite(
         suite.name,
         suite.tasks,
         suite.forgetting,
-        _means(base),
-        {task: _means(outcomes) for task, outcomes in experts.items()},
+        suite.means(base),
+        {task: suite.means(outcomes) for task, outcomes in experts.items()},
         tuple(rows),
         tuple(skipped),
         failed,
@@ -194,6 +194,7 @@ class _Cells:
         self._identity = {
             "version": __version__,
             "suite": suite.name,
+            "evaluator": suite.evaluator.identity,
             "tasks": [*suite.tasks, *suite.forgetting],
             "inputs": [_content_hash(path) for path in (suite.base, *suite.experts.values())],
         }
@@ -277,16 +278,15 @@ class _Cells:
             merged = Path(folder) / "merged"
             merge(dict(recipe), merged, resume=False)
             found = self.suite.evaluator(merged, self.suite.tuning, self.suite.tasks)
-        scores = {task: {task: float(np.mean(hits))} for task, hits in found.items()}
-        reference = {task: {task: score} for task, score in self._experts_when_tuning().items()}
-        value = relative_score(scores, reference).value
+        scores, reference = self.suite.means(found), self._experts_when_tuning()
+        value = _relative(scores, reference, self.suite.tasks)
         return {"normalised": value, "cpu_seconds": time.process_time() - began}
 
     def _experts_when_tuning(self) -> dict[str, float]:
         if self._expert_scores is None:
             suite = self.suite
             self._expert_scores = {
-                task: float(np.mean(suite.evaluator(path, suite.tuning, [task])[task]))
+                task: suite.means(suite.evaluator(path, suite.tuning, [task]))[task]
                 for task, path in suite.experts.items()
             }
         return self._expert_scores
@@ -318,12 +318,12 @@ def _row(
     drawn: Resamples,
     reference: Outcomes | None,
 ) -> Row:
-    scores = _means(cell.outcomes)
-    normalised = _relative(scores, _means(own), suite.tasks)
+    scores, expected = suite.means(cell.outcomes), suite.means(own)
+    normalised = _relative(scores, expected, suite.tasks)
     spread = drawn.ratios(cell.outcomes, own)
     difference = difference_interval = None
     if reference is not None:
-        difference = normalised - _relative(_means(reference), _means(own), suite.tasks)
+        difference = normalised - _relative(suite.means(reference), expected, suite.tasks)
         difference_interval = interval(spread - drawn.ratios(reference, own))
     return Row(
         cell.method,
@@ -334,7 +334,7 @@ def _row(
         interval(spread),
         difference,
         difference_interval,
-        _relative(scores, _means(base), suite.forgetting) if suite.forgetting else None,
+        _relative(scores, suite.means(base), suite.forgetting) if suite.forgetting else None,
         cell.tried,
         cell.tuning_seconds,
         cell.cpu_seconds,
@@ -404,10 +404,6 @@ def _percent(value: float) -> str:
 
 def _with_interval(value: float, bounds: Interval, form: str = ".3f") -> str:
     return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
-
-
-def _means(outcomes: Outcomes) -> dict[str, float]:
-    return {task: float(np.mean(hits)) for task, hits in outcomes.items()}
 
 
 def _arrays(stored: Mapping[str, Sequence[float]]) -> Outcomes:

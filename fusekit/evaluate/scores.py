@@ -5,11 +5,45 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from fusekit.errors import FusekitError
 
 Scores = Mapping[str, Mapping[str, float]]
 """task -> dataset -> score, higher is better."""
+
+
+Average = Literal["arithmetic", "geometric"]
+"""How a task's score is made of its examples' scores; the geometric mean wants positive ones."""
+
+
+def average_score(examples: NDArray[Any], average: Average) -> float:
+    """The mean of what single examples scored, or exp of the mean of its logarithm.
+
+    Raises:
+        FusekitError: a geometric mean of scores that are not positive.
+    """
+    return float(from_mean(np.mean(as_summed(examples, average)), average))
+
+
+def as_summed(examples: NDArray[Any], average: Average) -> NDArray[np.float64]:
+    """What is averaged: the scores, or their logarithms (see `average_score`)."""
+    values = np.asarray(examples, dtype=np.float64)
+    if average == "arithmetic":
+        return values
+    if not np.all(values > 0):
+        raise FusekitError(
+            f"an example scored {float(values.min())}, expected more than 0 for a geometric mean"
+        )
+    return np.log(values)
+
+
+def from_mean(means: Any, average: Average) -> NDArray[np.float64]:
+    """Scores from means of `as_summed`."""
+    return np.asarray(means) if average == "arithmetic" else np.exp(means)
 
 
 @dataclass(frozen=True)

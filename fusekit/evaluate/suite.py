@@ -6,26 +6,68 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 from numpy.typing import NDArray
 
 from fusekit.errors import FusekitError, did_you_mean
+from fusekit.evaluate.scores import Average, average_score
 
 BUILT_IN = {"digits": Path(__file__).parent / "data" / "digits" / "suite.yml"}
 """Suites by name."""
 
-EVALUATORS = {"digits": "fusekit.evaluate.digits:correct"}
-"""Evaluators a suite's YAML may name: `module:function`, loaded on use."""
+EVALUATORS = {"digits": "fusekit.evaluate.digits:evaluator"}
+"""What a suite's YAML may name as `evaluator`: `module:function`, an `EvaluatorFactory`.
+
+Modules are loaded on use, so that a suite costs nothing to those who run another.
+"""
+
+Settings = Mapping[str, Any]
+"""What stands below `settings:` in a suite's YAML, or after `--set` when one is built."""
 
 
 class Evaluator(Protocol):
     """Scores a checkpoint example by example."""
 
+    @property
+    def identity(self) -> str:
+        """What scores depend on besides the checkpoint: settings, data, heads. Keys the cache."""
+
     def __call__(
         self, checkpoint: Path, split: Any, tasks: Sequence[str]
     ) -> Mapping[str, NDArray[Any]]:
-        """For every task what each example of the split scored (0 to 1), in a fixed order."""
+        """For every task what each example of the split scored, in a fixed order.
+
+        Scores are from 0 to 1, or any positive numbers, higher being better; their average over
+        examples (the suite says which) is the task's score, and what counts is its ratio to the
+        expert's. Accuracies: 0 or 1 per example, arithmetic mean. Perplexities: 1 / perplexity of
+        each example (exp of its mean log-likelihood), geometric mean; where examples are equally
+        long that is 1 / perplexity of the whole set, and the ratio to the expert's score is the
+        expert's perplexity divided by the merge's.
+        """
+
+
+class EvaluatorFactory(Protocol):
+    """Makes an evaluator from a suite's settings."""
+
+    def __call__(self, settings: Settings, folder: Path) -> Evaluator:
+        """`folder` is that of the suite's YAML: what relative paths in settings refer to.
+
+        Raises:
+            FusekitError: a setting that is unknown (`only_known`), missing or wrong.
+        """
+
+
+def only_known(settings: Settings, known: Sequence[str]) -> None:
+    """Refuse settings of any other name.
+
+    Raises:
+        FusekitError: names the nearest known setting.
+    """
+    for key in settings:
+        if key not in known:
+            expected = did_you_mean(str(key), known) or ", expected no settings"
+            raise FusekitError(f"unknown setting {key!r}{expected}")
 
 
 @dataclass(frozen=True)
@@ -40,6 +82,7 @@ class Suite:
         forgetting: tasks the base can do and no expert was trained on.
         tuning, reporting: splits for choosing parameters and for the table.
         shared_examples: tasks look at the same examples, in the same order.
+        average: how a task's score is made from its examples' scores.
     """
 
     name: str
@@ -50,10 +93,15 @@ class Suite:
     tuning: str = "validation"
     reporting: str = "test"
     shared_examples: bool = False
+    average: Average = "arithmetic"
 
     @property
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.experts)
+
+    def means(self, outcomes: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """The score of every task from those of its examples."""
+        return {task: average_score(each, self.average) for task, each in outcomes.items()}
 
 
 def load_suite(reference: str | Path) -> Suite:
@@ -84,6 +132,8 @@ _KEYS = {
     "tuning": str,
     "reporting": str,
     "shared_examples": bool,
+    "average": str,
+    "settings": dict,
 }
 _REQUIRED = ("name", "evaluator", "base", "experts")
 
@@ -100,12 +150,16 @@ def _checked(content: Any, path: Path) -> Suite:
     for key in _REQUIRED:
         if not content.get(key):
             raise FusekitError(f"{path}: {key} is missing")
-    given = {k: v for k, v in content.items() if k not in {"evaluator", "base", "experts"}}
+    if (average := content.get("average", "arithmetic")) not in get_args(Average):
+        known = did_you_mean(average, get_args(Average))
+        raise FusekitError(f"{path}: unknown average {average!r}{known}")
+    made = {"evaluator", "base", "experts", "settings"}
+    given = {key: value for key, value in content.items() if key not in made}
     given["forgetting"] = tuple(map(str, content.get("forgetting", ())))
     return Suite(
         base=_existing(content["base"], path),
         experts={str(k): _existing(v, path) for k, v in content["experts"].items()},
-        evaluator=_evaluator(content["evaluator"], path),
+        evaluator=_evaluator(content["evaluator"], content.get("settings", {}), path),
         **given,
     )
 
@@ -117,9 +171,17 @@ def _existing(reference: Any, path: Path) -> Path:
     return place
 
 
-def _evaluator(name: str, path: Path) -> Evaluator:
+def _evaluator(name: str, settings: Settings, path: Path) -> Evaluator:
     if name not in EVALUATORS:
         raise FusekitError(f"{path}: unknown evaluator {name!r}{did_you_mean(name, EVALUATORS)}")
-    module, _, function = EVALUATORS[name].partition(":")
-    evaluator: Evaluator = getattr(importlib.import_module(module), function)
-    return evaluator
+    factory: EvaluatorFactory = load(EVALUATORS[name])
+    try:
+        return factory(settings, path.parent)
+    except FusekitError as error:
+        raise FusekitError(f"{path}: settings: {error}") from None
+
+
+def load(reference: str) -> Any:
+    """What `module:name` refers to; its module is imported now."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)

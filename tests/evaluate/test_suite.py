@@ -25,6 +25,8 @@ METHODS = ["linear", "task_arithmetic"]
 class CountingEvaluator:
     """Scores digits and remembers which checkpoints it was shown."""
 
+    identity = "counting"
+
     def __init__(self) -> None:
         self.calls = 0
 
@@ -193,6 +195,14 @@ def test_tuning_candidates_start_with_the_default_and_do_not_repeat() -> None:
         ("name: x\nevaluator: digit\nbase: .\nexperts: {a: .}\n", "did you mean 'digits'?"),
         ("name: x\nevaluator: digits\nbase: nowhere\nexperts: {a: .}\n", "model 'nowhere'"),
         ("a: [", "not valid YAML"),
+        (
+            "name: x\nevaluator: digits\nbase: .\nexperts: {a: .}\nsettings: {size: 3}\n",
+            "settings: unknown setting 'size'",
+        ),
+        (
+            "name: x\nevaluator: digits\nbase: .\nexperts: {a: .}\naverage: geometrik\n",
+            "unknown average 'geometrik' (did you mean 'geometric'?)",
+        ),
     ],
 )
 def test_malformed_suites_are_refused_in_one_sentence(

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from fusekit.errors import FusekitError
 from fusekit.evaluate.bootstrap import interval, resample
-from fusekit.evaluate.scores import relative_score
+from fusekit.evaluate.scores import average_score, relative_score
 from tests.vectors import FOLDER
 
 Table = dict[str, dict[str, float]]
@@ -121,3 +121,19 @@ def test_tasks_on_the_same_examples_are_resampled_together() -> None:
     assert together.counts["a"] is together.counts["b"]
     assert not np.array_equal(apart.counts["a"], apart.counts["b"])
     assert (together.counts["a"].sum(axis=1) == 50).all()
+
+
+def test_geometric_means_make_ratios_of_perplexities() -> None:
+    generator = np.random.default_rng(0)
+    merged, expert = generator.uniform(1, 4, 40), generator.uniform(1, 3, 40)  # nats per token
+    scores = [average_score(np.exp(-nats), "geometric") for nats in (merged, expert)]
+    perplexities = [float(np.exp(nats.mean())) for nats in (merged, expert)]
+    assert scores[0] / scores[1] == pytest.approx(perplexities[1] / perplexities[0])
+    drawn = resample({"t": 40}, 500, 0, shared=False, average="geometric")
+    low, high = interval(drawn.ratios({"t": np.exp(-merged)}, {"t": np.exp(-expert)}))
+    assert low < scores[0] / scores[1] < high
+
+
+def test_geometric_means_of_scores_that_are_not_positive_are_refused() -> None:
+    with pytest.raises(FusekitError, match=r"an example scored 0\.0, expected more than 0"):
+        average_score(np.array([0.5, 0.0]), "geometric")
