@@ -14,7 +14,7 @@ from fusekit.checkpoint.source import TensorInfo, TensorSource
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Array, Workspace, block_length
 from fusekit.inspection.pairing import Comparison
 from fusekit.inspection.statistics import TOP_SHARES, Floats, Statistics
-from fusekit.kernels import GRANULE, gram, linear, statistics
+from fusekit.kernels import GRANULE, codecs, linear, statistics
 
 SAMPLE_ELEMENTS = 1 << 16
 """Elements of a tensor from which signs, supports and moments are estimated."""
@@ -163,12 +163,8 @@ class Measurer:
         for start in range(0, comparison.size, step):
             stop = min(start + step, comparison.size)
             rows = space.scratch("rows", (k, stop - start), compute)
-            self._decoded(comparison, start, stop, rows, found.nonfinite, hashes)
-            if self.has_base:
-                linear.subtract(rows[1:], rows[0])
-            partial = space.scratch("gram", (-(-(stop - start) // GRANULE), sums.size), np.float64)
-            gram.gram(rows, partial)
-            gram.add_rows(partial, sums)
+            self._scanned(comparison, start, stop, rows, found, hashes)
+            statistics.products(rows, sums)
             if vectors is not None and powered is not None:
                 for row, own, out in zip(rows[1:], vectors, powered, strict=True):
                     statistics.power_step(row.reshape(-1, columns), own, out)
@@ -199,27 +195,45 @@ class Measurer:
             top_energy=top_energy * scale,
         )
 
-    def _decoded(
+    def _decoded(self, comparison: Comparison, start: int, stop: int, out: Array) -> None:
+        """Elements of every source as rows; a model that is not compared is the base's twin."""
+        for index, row in enumerate(out):
+            if index in comparison.compared:
+                info = comparison.infos[index]
+                self.space.decode(self._read(index, info, start, stop), info.dtype, row)
+            else:
+                row[:] = out[0] if self.has_base else 0
+
+    def _scanned(
         self,
         comparison: Comparison,
         start: int,
         stop: int,
         out: Array,
-        nonfinite: dict[int, int] | None = None,
-        hashes: dict[int, xxhash.xxh3_128] | None = None,
+        found: Measurement,
+        hashes: dict[int, xxhash.xxh3_128],
     ) -> None:
-        """Elements of every source as rows; a model that is not compared is the base's twin."""
+        """The base and task vectors (without a base: the models) as rows; counts and hashes."""
         for index, row in enumerate(out):
             if index not in comparison.compared:
-                row[:] = out[0] if self.has_base else 0
+                row[:] = 0
                 continue
             info = comparison.infos[index]
-            raw = self.space.scratch("raw", ((stop - start) * info.dtype.itemsize,), np.uint8)
-            self.space.read(self.sources[index], info.name, start, stop, raw)
-            bad = self.space.decode(raw, info.dtype, row)
-            if nonfinite is not None and hashes is not None:
-                nonfinite[index] += bad
-                hashes[index].update(raw.data)
+            raw = self._read(index, info, start, stop)
+            hashes[index].update(raw.data)
+            if not self.has_base or index == 0:
+                found.nonfinite[index] += self.space.decode(raw, info.dtype, row)
+            elif info.dtype.name == "BF16" and row.dtype == np.float32:
+                found.nonfinite[index] += codecs.decode_bf16_delta(raw.view(np.uint16), out[0], row)
+            else:
+                found.nonfinite[index] += self.space.decode(raw, info.dtype, row)
+                linear.subtract(out[index : index + 1], out[0])
+
+    def _read(self, index: int, info: TensorInfo, start: int, stop: int) -> Array:
+        """The bytes of a run of elements, until the next read."""
+        raw = self.space.scratch("raw", ((stop - start) * info.dtype.itemsize,), np.uint8)
+        self.space.read(self.sources[index], info.name, start, stop, raw)
+        return raw
 
     def _read_rest(
         self,
@@ -233,8 +247,7 @@ class Measurer:
         compute = np.float64 if info.dtype.name == "F64" else np.float32
         for start in range(done, info.size, BLOCK_ELEMENTS):
             stop = min(start + BLOCK_ELEMENTS, info.size)
-            raw = self.space.scratch("raw", ((stop - start) * info.dtype.itemsize,), np.uint8)
-            self.space.read(self.sources[index], info.name, start, stop, raw)
+            raw = self._read(index, info, start, stop)
             digest.update(raw.data)
             if info.dtype.is_float:
                 row = self.space.scratch("rows", (stop - start,), compute)

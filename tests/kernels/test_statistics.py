@@ -27,6 +27,16 @@ def test_energy_counts_entries_at_the_threshold() -> None:
     np.testing.assert_array_equal(out, [9.0, 17.0, 18.0])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [1, 1023, 2500])
+def test_products_add_to_the_upper_triangle_row_by_row(rows: int, size: int) -> None:
+    values = np.random.default_rng(size).standard_normal((rows, size)).astype(np.float32)
+    expected = (values.astype(np.float64) @ values.T)[np.triu_indices(rows)]
+    out = np.ones(len(expected))
+    statistics.products(values, out)
+    np.testing.assert_allclose(out - 1, expected, rtol=1e-11, atol=1e-11)
+
+
 @given(
     st.integers(1, 5), st.integers(1, 2500), st.integers(0, 2**32 - 1), st.sampled_from([0, 0.5])
 )
