@@ -18,6 +18,13 @@ from fusekit.checkpoint.pickles import (
     PickleFile,
     open_pickle_index,
 )
+from fusekit.checkpoint.pipelines import (
+    DIFFUSERS_FILE,
+    is_pipeline,
+    join_parts,
+    part_folders,
+    weight_stem,
+)
 from fusekit.checkpoint.references import parse_reference
 from fusekit.checkpoint.remote import fetch_companions, is_url, open_url
 from fusekit.checkpoint.safetensors import (
@@ -27,17 +34,14 @@ from fusekit.checkpoint.safetensors import (
     open_sharded,
 )
 from fusekit.checkpoint.source import TensorSource
-from fusekit.checkpoint.views import LoraSource, RenamedSource
+from fusekit.checkpoint.views import LoraSource
 from fusekit.errors import CheckpointError
 
 COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab"})
 """Small files that make a folder of weights a usable model: config, tokenizer, templates, code."""
 
-PIPELINE_FILES = ("model_index.json", "modules.json")
-"""Files that make a folder's sub-folders parts of one model (diffusers, sentence-transformers)."""
-
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
-"""Of several weight files without an index, the one with the first of these names is the model."""
+"""Of several weight files or indexes, the one with the first of these names is the model."""
 
 _PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin")
 
@@ -72,7 +76,7 @@ class Checkpoint:
         """Files to carry over into a merged folder, weights and their indexes left out."""
         if self.folder is None:
             return []
-        folders = [self.folder, *(_parts(self.folder) if is_pipeline(self.folder) else [])]
+        folders = [self.folder, *(part_folders(self.folder) if is_pipeline(self.folder) else [])]
         return sorted(
             path
             for folder in folders
@@ -84,17 +88,18 @@ class Checkpoint:
         )
 
     def parts(self) -> dict[str, str]:
-        """The sub-folders of a pipeline that hold weights, and what the weight files are called."""
-        if self.folder is None or not is_pipeline(self.folder):
-            return {}
-        stems = {"diffusion_pytorch_model": "diffusion_pytorch_model"}
-        return {
-            name.partition("/")[0]: stems.get(
-                Path(self.source.where(name)).name.partition(".")[0].partition("-")[0], "model"
-            )
-            for name in self.source.tensors
-            if (self.folder / name.partition("/")[0]).is_dir() and "/" in name
-        }
+        """What the weight files are called in every sub-folder that is a part of the model.
+
+        The model's own weights are the part `""`.
+        """
+        folders: set[str] = set()
+        if self.folder is not None and is_pipeline(self.folder):
+            folders = {path.name for path in part_folders(self.folder)}
+        files: dict[str, set[str]] = {}
+        for name in self.source.tensors:
+            part = name.partition("/")[0] if "/" in name else ""
+            files.setdefault(part if part in folders else "", set()).add(self.source.where(name))
+        return {part: weight_stem(each) for part, each in files.items()}
 
 
 def open_checkpoint(
@@ -133,11 +138,6 @@ def open_checkpoint(
     except BaseException:
         model.source.close()
         raise
-
-
-def is_pipeline(folder: Path) -> bool:
-    """Whether a folder's sub-folders are parts of one model."""
-    return any((folder / name).is_file() for name in PIPELINE_FILES)
 
 
 def _open_model(
@@ -218,41 +218,36 @@ def _open_file(path: Path) -> TensorSource:
 
 
 def _open_folder(folder: Path) -> TensorSource:
-    own = _weights(folder)
     if not is_pipeline(folder):
+        own = _weights(folder)
         if own is None:
             raise CheckpointError(
                 f"{folder}: no weights found, expected *.safetensors, *{INDEX_SUFFIX}, "
                 f"pytorch_model.bin or *{PICKLE_INDEX_SUFFIX}"
             )
         return own
-    sources = [] if own is None else [own]
+    opened: dict[str, TensorSource] = {}
     try:
-        for part in _parts(folder):
+        for part in part_folders(folder):
             source = _weights(part)
             if source is not None:
-                names = {f"{part.name}/{name}": name for name in source.tensors}
-                sources.append(RenamedSource(source, names))
+                opened[part.name] = source
+        # Weights beside model_index.json are the whole pipeline once more, in one file.
+        copied = opened and (folder / DIFFUSERS_FILE).is_file()
+        own = None if copied else _weights(folder)
+        return join_parts(str(folder), own, opened)
     except BaseException:
-        for source in sources:
+        for source in opened.values():
             source.close()
         raise
-    if not sources:
-        raise CheckpointError(f"{folder}: no weights found in it or in its sub-folders")
-    return ShardedSource(str(folder), sources)
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Sub-folders of a pipeline; links, which may lead out of it, are not followed."""
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
 
 
 def _weights(folder: Path) -> TensorSource | None:
     """The weights in one folder, safetensors before pickles, or None."""
     indexes = sorted(folder.glob(f"*{INDEX_SUFFIX}"))
     if indexes:
-        preferred = folder / f"model{INDEX_SUFFIX}"
-        return open_sharded(preferred if preferred in indexes else indexes[0])
+        preferred = (folder / f"{stem}{INDEX_SUFFIX}" for stem in WEIGHT_STEMS)
+        return open_sharded(next((path for path in preferred if path in indexes), indexes[0]))
     files = sorted(path for path in folder.glob("*.safetensors") if path.name != SIDE_FILE)
     for stem in WEIGHT_STEMS:
         files = [path for path in files if path.stem == stem] or files

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fusekit.checkpoint.pipelines import DIFFUSERS_FILE, PIPELINE_FILES, join_parts
 from fusekit.checkpoint.ranges import HttpRanges
 from fusekit.checkpoint.remote import ChunkCache, RemoteSafetensors, open_files, read_small
 from fusekit.checkpoint.safetensors import INDEX_SUFFIX, ShardedSource, read_index
@@ -183,19 +184,35 @@ def _companion_files(names: Iterable[str]) -> list[str]:
 
 
 def _weight_files(repo: str, names: list[str]) -> list[str]:
-    """The weights to fetch: safetensors if there are any, and of several copies one."""
+    """The weights to fetch: safetensors if there are any, and of several copies one.
+
+    Sub-folders belong to a model that is a pipeline. Where a diffusion pipeline's parts have
+    weights, files beside them are the whole pipeline once more.
+    """
     found = [name for name in names if name.endswith(".safetensors")]
     if not found:
         found = [name for name in names if _PICKLES.fullmatch(PurePosixPath(name).name)]
-    if not found:
+    folders: dict[str, list[str]] = {}
+    for name in found:
+        folders.setdefault(_folder(name), []).append(name)
+    if not _is_pipeline(names):
+        folders = {folder: group for folder, group in folders.items() if folder == ""}
+    elif DIFFUSERS_FILE in names and len(folders) > 1:
+        folders.pop("", None)
+    if not folders:
         raise CheckpointError(
             f"model {repo!r}: holds no weights in safetensors or PyTorch format "
             f"(its files: {', '.join(names[:8]) or 'none'})"
         )
-    folders: dict[str, list[str]] = {}
-    for name in found:
-        folders.setdefault(str(PurePosixPath(name).parent), []).append(name)
     return [name for group in folders.values() for name in _one_copy(group, names)]
+
+
+def _is_pipeline(names: Iterable[str]) -> bool:
+    return not set(PIPELINE_FILES).isdisjoint(names)
+
+
+def _folder(name: str) -> str:
+    return name.rpartition("/")[0]
 
 
 def _one_copy(group: list[str], names: list[str]) -> list[str]:
@@ -229,9 +246,37 @@ def _streamed(
             "run without streaming to download it"
         )
     label = f"hf://{repo}@{commit}"
-    index = f"model{INDEX_SUFFIX}"
-    if index in companions and "model.safetensors" not in weights:
-        weight_map = read_index(read_small(open_file(index)), f"{label}/{index}")
-        return open_files(label, weight_map, open_file)
+    folders: dict[str, list[str]] = {}
+    for name in weights:
+        folders.setdefault(_folder(name), []).append(name)
+    opened: dict[str, TensorSource] = {}
+    try:
+        for folder, files in folders.items():
+            opened[folder] = _streamed_folder(label, folder, files, companions, open_file)
+        if not _is_pipeline(companions):
+            return opened[""]
+        parts = {folder: source for folder, source in opened.items() if folder}
+        return join_parts(label, opened.get(""), parts)
+    except BaseException:
+        for source in opened.values():
+            source.close()
+        raise
+
+
+def _streamed_folder(
+    label: str,
+    folder: str,
+    files: list[str],
+    companions: list[str],
+    open_file: Callable[[str], HttpRanges],
+) -> TensorSource:
+    prefix = f"{folder}/" if folder else ""
+    for stem in _WHOLE:
+        index = f"{prefix}{stem}{INDEX_SUFFIX}"
+        if index in companions and f"{prefix}{stem}.safetensors" not in files:
+            weight_map = read_index(read_small(open_file(index)), f"{label}/{index}")
+            return open_files(
+                f"{label}/{folder}".rstrip("/"), weight_map, lambda name: open_file(prefix + name)
+            )
     chunks = ChunkCache()
-    return ShardedSource(label, [RemoteSafetensors(open_file(name), chunks) for name in weights])
+    return ShardedSource(label, [RemoteSafetensors(open_file(name), chunks) for name in files])

@@ -88,7 +88,8 @@ def lay_out(
     A tensor larger than `shard_bytes` gets a shard of its own. Within a shard wider element types
     come first, so that every tensor is aligned to its type. `parts` maps the folders of a pipeline
     to the names of the files in them: with `{"unet": "model"}` a tensor `unet/w` goes to
-    `unet/model.safetensors` as `w`. `side` tensors get a file of their own.
+    `unet/model.safetensors` as `w`; the part `""` is the folder itself. `side` tensors get
+    a file of their own.
     """
     members: dict[str, list[TensorInfo]] = {}
     for info in tensors:

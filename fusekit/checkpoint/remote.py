@@ -9,10 +9,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from fusekit.checkpoint.pickles import PICKLE_INDEX_SUFFIX
+from fusekit.checkpoint.pipelines import (
+    DIFFUSERS_FILE,
+    PIPELINE_FILES,
+    ROUTER_FILE,
+    join_parts,
+    listed_parts,
+    read_file,
+)
 from fusekit.checkpoint.ranges import MissingFileError, RangeReader, open_ranges
 from fusekit.checkpoint.recent import Recent
 from fusekit.checkpoint.safetensors import INDEX_SUFFIX, header_length, parse_header, read_index
@@ -39,8 +49,17 @@ COMPANION_NAMES = (
     "chat_template.jinja",
     "preprocessor_config.json",
     "processor_config.json",
+    "scheduler_config.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    *PIPELINE_FILES,
+    ROUTER_FILE,
 )
 """Small files that are looked for beside remote weights, where folders cannot be listed."""
+
+_STEMS = ("model", "diffusion_pytorch_model")
+_PICKLES = ("pytorch_model", "diffusion_pytorch_model")
+_CONNECTIONS = 8
 
 
 class ChunkCache:
@@ -142,7 +161,7 @@ def is_url(reference: str) -> bool:
 
 
 def open_url(url: str) -> TensorSource:
-    """The safetensors checkpoint at a URL: a file, an index, or a folder that holds either.
+    """The safetensors checkpoint at a URL: a file, an index, a folder or a pipeline of folders.
 
     Args:
         url: `https://host/model.safetensors`, `s3://bucket/model`, `memory://m/...index.json`, ...
@@ -157,18 +176,59 @@ def open_url(url: str) -> TensorSource:
         return RemoteSafetensors(open_ranges(url), ChunkCache())
     if path.endswith(INDEX_SUFFIX):
         return _open_index(url, open_ranges(url))
-    for name in (f"model{INDEX_SUFFIX}", "model.safetensors"):
-        place = beside(f"{url}/", name)
+    parts = listed_parts(lambda name: _content(within(url, name)), url)
+    if parts:
+        return _open_pipeline(url, parts)
+    weights = _open_folder(url)
+    if weights is None:
+        raise CheckpointError(
+            f"{url}: no weights found, expected model.safetensors or model{INDEX_SUFFIX} there"
+        )
+    return weights
+
+
+def _open_folder(url: str) -> TensorSource | None:
+    """The weights in one folder, or None.
+
+    Raises:
+        CheckpointError: there are some, but only as pickles.
+    """
+    for stem in _STEMS:
+        for name in (f"{stem}{INDEX_SUFFIX}", f"{stem}.safetensors"):
+            place = within(url, name)
+            try:
+                file = open_ranges(place)
+            except MissingFileError:
+                continue
+            if name.endswith(INDEX_SUFFIX):
+                return _open_index(place, file)
+            return RemoteSafetensors(file, ChunkCache())
+    for name in (stem + end for stem in _PICKLES for end in (".bin", PICKLE_INDEX_SUFFIX)):
         try:
-            file = open_ranges(place)
+            label = open_ranges(within(url, name)).label
         except MissingFileError:
             continue
-        if name.endswith(INDEX_SUFFIX):
-            return _open_index(place, file)
-        return RemoteSafetensors(file, ChunkCache())
-    raise CheckpointError(
-        f"{url}: no weights found, expected model.safetensors or model{INDEX_SUFFIX} there"
-    )
+        raise CheckpointError(
+            f"{label}: a PyTorch pickle, and at URLs only safetensors are read; download the model "
+            "and give its folder"
+        )
+    return None
+
+
+def _open_pipeline(url: str, parts: list[str]) -> TensorSource:
+    opened: dict[str, TensorSource] = {}
+    try:
+        for part in parts:
+            source = _open_folder(within(url, part))
+            if source is not None:
+                opened[part] = source
+        # Weights beside model_index.json are the whole pipeline once more, in one file.
+        copied = opened and _content(within(url, DIFFUSERS_FILE)) is not None
+        return join_parts(url, None if copied else _open_folder(url), opened)
+    except BaseException:
+        for source in opened.values():
+            source.close()
+        raise
 
 
 def open_files(
@@ -193,24 +253,46 @@ def read_small(file: RangeReader) -> bytes:
 
 
 def fetch_companions(url: str, into: Path) -> Path:
-    """Copy config, tokenizer and template files from beside the weights at `url` into a folder."""
+    """Copy config, tokenizer and template files from beside the weights at `url` into a folder.
+
+    Those of a pipeline's parts go to sub-folders.
+    """
     is_file = urlsplit(url).path.endswith((".safetensors", INDEX_SUFFIX))
-    folder = url if is_file else f"{url}/"
-    into.mkdir(parents=True, exist_ok=True)
-    for name in COMPANION_NAMES:
-        try:
-            content = read_small(open_ranges(beside(folder, name)))
-        except MissingFileError:
-            continue
-        (into / name).write_bytes(content)
+    place = partial(beside if is_file else within, url)
+    with ThreadPoolExecutor(_CONNECTIONS, thread_name_prefix="fusekit-fetch") as workers:
+
+        def fetch(names: list[str]) -> None:
+            for name, content in zip(names, workers.map(_content, map(place, names)), strict=True):
+                if content is not None:
+                    (into / name).write_bytes(content)
+
+        into.mkdir(parents=True, exist_ok=True)
+        fetch(list(COMPANION_NAMES))
+        parts = [] if is_file else listed_parts(lambda name: read_file(into / name), url)
+        for part in parts:
+            (into / part).mkdir(exist_ok=True)
+        fetch([f"{part}/{name}" for part in parts for name in COMPANION_NAMES])
     return into
 
 
+def _content(url: str) -> bytes | None:
+    """A small file's content, or None where there is no such file."""
+    try:
+        return read_small(open_ranges(url))
+    except MissingFileError:
+        return None
+
+
 def beside(url: str, name: str) -> str:
-    """The URL of file `name` in the folder of `url`, with its query kept."""
+    """The URL of a file in the folder that the file `url` is in, with the query kept."""
     scheme, host, path, query, _ = urlsplit(url)
-    folder = path.rpartition("/")[0].rstrip("/")
-    return urlunsplit((scheme, host, f"{folder}/{name}", query, ""))
+    return urlunsplit((scheme, host, f"{path.rpartition('/')[0].rstrip('/')}/{name}", query, ""))
+
+
+def within(url: str, name: str) -> str:
+    """The URL of a file in the folder `url`, with the query kept."""
+    scheme, host, path, query, _ = urlsplit(url)
+    return urlunsplit((scheme, host, f"{path.rstrip('/')}/{name}", query, ""))
 
 
 def _open_index(url: str, file: RangeReader) -> TensorSource:

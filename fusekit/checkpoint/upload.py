@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from fusekit.checkpoint.folder import COMPANION_SUFFIXES
 from fusekit.checkpoint.ranges import FsspecRanges, open_file_system
-from fusekit.checkpoint.remote import beside
+from fusekit.checkpoint.remote import within
 from fusekit.errors import CheckpointError, FusekitError
 
 MANIFEST = "manifest.json"
@@ -121,7 +121,7 @@ class RemoteFolder:
             self._fs.put_file(str(path), f"{self._path}/{name}")
         except Exception as error:
             self._refuse(f"{self.url}/{name}", "written", error)
-        there = FsspecRanges(beside(f"{self.url}/", name))
+        there = FsspecRanges(within(self.url, name))
         if there.size != path.stat().st_size:
             raise FusekitError(
                 f"{self.url}/{name}: {there.size} bytes after the upload, expected "

@@ -14,7 +14,7 @@ import numpy as np
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.layout import SIDE_FILE
 from fusekit.checkpoint.ranges import open_ranges
-from fusekit.checkpoint.remote import beside, is_url, read_small
+from fusekit.checkpoint.remote import is_url, read_small, within
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.plan import Plan
@@ -117,7 +117,7 @@ def verify(out: str | Path) -> Verification:
 
 def _inside(out: str | Path, name: str) -> str:
     """The path or URL of a file of an output."""
-    return beside(f"{out}/", name) if is_url(str(out)) else str(Path(out) / name)
+    return within(str(out), name) if is_url(str(out)) else str(Path(out) / name)
 
 
 def _manifest_text(out: str | Path) -> tuple[str, bytes]:

@@ -95,7 +95,7 @@ def output_config(
 def part_configs(reference: Checkpoint, dtype: str | None) -> dict[str, bytes]:
     """The configs of a pipeline's parts that state another element type than is written."""
     changed: dict[str, bytes] = {}
-    for part in reference.parts():
+    for part in filter(None, reference.parts()):
         assert reference.folder is not None
         config = Checkpoint(part, reference.source, reference.folder / part).config() or {}
         stated = [key for key in ("dtype", "torch_dtype") if key in config]

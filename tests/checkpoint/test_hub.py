@@ -180,6 +180,8 @@ def test_repositories_without_readable_weights(hub: FileServer) -> None:
         ),
         (
             [
+                "model_index.json",
+                "whole-pipeline.safetensors",
                 "unet/diffusion_pytorch_model.safetensors",
                 "unet/diffusion_pytorch_model.fp16.safetensors",
                 "vae/diffusion_pytorch_model.safetensors",
@@ -187,6 +189,11 @@ def test_repositories_without_readable_weights(hub: FileServer) -> None:
             ["unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.safetensors"],
         ),
         (["a.safetensors", "b.safetensors", "model.bin"], ["a.safetensors", "b.safetensors"]),
+        (["model.safetensors", "onnx/model.safetensors"], ["model.safetensors"]),
+        (
+            ["modules.json", "model.safetensors", "2_Dense/model.safetensors"],
+            ["model.safetensors", "2_Dense/model.safetensors"],
+        ),
     ],
 )
 def test_one_copy_of_the_weights_is_fetched(names: list[str], wanted: list[str] | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +240,7 @@ def test_one_tower_of_a_vision_language_model_is_stacked(tmp_path: Path) -> None
         assert torch.equal(state[name], expected), name
 
 
-# -- folders of several parts, and files without a folder ----------------------------------------
+# -- files without a folder -----------------------------------------------------------------------
 
 
 def arrays(seed: int, *names: str) -> dict[str, np.ndarray]:
@@ -255,55 +254,6 @@ def mean_recipe(*models: Path) -> dict[str, Any]:
         "models": [{"model": str(model)} for model in models],
         "parameters": {"weight": 1.0},
     }
-
-
-def test_parts_of_a_diffusion_pipeline_stay_in_their_folders(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        folder = tmp_path / name
-        for part in ("unet", "vae", "text_encoder", "scheduler", "tokenizer"):
-            (folder / part).mkdir(parents=True)
-        (folder / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-        (folder / "scheduler/scheduler_config.json").write_text("{}")
-        (folder / "tokenizer/vocab.json").write_text("{}")
-        (folder / "unet/config.json").write_text('{"sample_size": 8}')
-        unet = arrays(seed, "down_blocks.0.conv.weight", "conv_in.weight")
-        save_file(unet, folder / "unet/diffusion_pytorch_model.safetensors")
-        save_file(
-            arrays(seed + 9, "conv_in.weight"), folder / "vae/diffusion_pytorch_model.safetensors"
-        )
-        text = saved(folder / "text_encoder", "bert", seed)
-    fusekit.merge(mean_recipe(tmp_path / "a", tmp_path / "b"), tmp_path / "out", threads=2)
-    out = tmp_path / "out"
-    files = {path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*.*")}
-    assert files <= {path.relative_to(out) for path in out.rglob("*.*")}
-    merged = load_file(out / "unet/diffusion_pytorch_model.safetensors")
-    first, second = (arrays(seed, "down_blocks.0.conv.weight", "conv_in.weight") for seed in (0, 1))
-    assert set(merged) == set(first)
-    for name, values in merged.items():
-        np.testing.assert_allclose(values, (first[name] + second[name]) / 2, atol=1e-6)
-    load(out / "text_encoder", text)
-    assert fusekit.verify(out).ok
-
-
-def test_sentence_transformers_modules_stay_in_their_folders(tmp_path: Path) -> None:
-    for seed, name in enumerate("ab"):
-        folder = tmp_path / name
-        model = saved(folder, "bert", seed)
-        (folder / "1_Pooling").mkdir()
-        (folder / "2_Dense").mkdir()
-        (folder / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}]))
-        (folder / "1_Pooling/config.json").write_text('{"pooling_mode_mean_tokens": true}')
-        (folder / "2_Dense/config.json").write_text('{"in_features": 6}')
-        save_file(arrays(seed, "linear.weight"), folder / "2_Dense/model.safetensors")
-    out = tmp_path / "out"
-    fusekit.merge(mean_recipe(tmp_path / "a", tmp_path / "b"), out, threads=2)
-    load(out, model)
-    assert json.loads((out / "1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"]
-    dense = load_file(out / "2_Dense/model.safetensors")
-    expected = (
-        arrays(0, "linear.weight")["linear.weight"] + arrays(1, "linear.weight")["linear.weight"]
-    ) / 2
-    np.testing.assert_allclose(dense["linear.weight"], expected, atol=1e-6)
 
 
 def test_bare_files_merge_into_a_folder(tmp_path: Path) -> None:
