@@ -167,7 +167,8 @@ class Adapter:
 def to_float32(array: Array) -> Float:
     """The array in float32; bfloat16 by its bits, as its casts are slow and hold Python's lock."""
     if array.dtype.name == "bfloat16":
-        widened: Float = (array.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        widened: Float = np.empty(array.shape, np.float32)
+        np.left_shift(array.view(np.uint16), np.uint32(16), out=widened.view(np.uint32))
         return widened
     return array.astype(np.float32, copy=False)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,41 +16,81 @@ from fusekit.adapters.combine import MaskOf
 from fusekit.adapters.linalg import balance, gram_matrix, orthogonalize
 
 Array = npt.NDArray[Any]
-Layer = Mapping[int, Array]
-"""Coordinates (k, in) of one layer by source; sources without that layer are absent."""
-
+Counts = npt.NDArray[np.int64]
 Rule = Literal["ties", "linear"]
 
 SINGULAR_CUTOFF = 1e-5
 """Components of the joint decomposition with singular values at or below this are dropped."""
 
+BLOCK_COLUMNS = 512
+"""Columns of coordinates that are in memory at a time, few enough to stay in the cache."""
 
-@dataclass(frozen=True, slots=True)
+SAMPLED_COLUMNS = 16
+"""Of so many columns, one is looked at to guess where a threshold lies."""
+
+_UPPER_HALVES = 1 << 15
+"""Values the upper half of a float32's magnitude can have."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Block:
+    """Coordinates of some columns of one layer: (sources, k, columns) in float32.
+
+    Sources without that layer are absent.
+    """
+
+    sources: tuple[int, ...]
+    coordinates: Array
+
+    @property
+    def rows(self) -> Array:
+        """The coordinates as one row per source."""
+        return self.coordinates.reshape(len(self.sources), -1)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Aligned:
     """`D_i = U @ coordinates(i)` for every source i.
 
     Attributes:
         S: (k,) singular values of the concatenation `[D_1 | ... | D_n]`.
         turn: (sum of ranks, k); `U = [B_1 .. B_n] @ turn`.
-        mixing: per source (k, rank_i); the coordinates are `mixing_i @ A_i`.
-        A: per source (rank_i, in).
-        B: per source (out, rank_i).
+        loads: per source (k, k_i); the coordinates are `loads_i @ bases_i.T @ A_i`.
+        bases: per source (rank_i, k_i); `bases_i.T @ A_i` has orthonormal rows.
     """
 
     S: Array
     turn: Array
-    mixing: Sequence[Array]
-    A: Sequence[Array]
-    B: Sequence[Array]
+    loads: Sequence[Array]
+    bases: Sequence[Array]
 
-    def basis(self) -> Array:
-        """U (out, k), orthonormal columns, in float64."""
-        return np.concatenate(self.B, axis=1).astype(np.float64) @ self.turn
+    def basis(self, B: Sequence[Array]) -> Array:
+        """U (out, k), orthonormal columns, in float64, from the sources' B (out, rank_i)."""
+        return np.concatenate(B, axis=1).astype(np.float64) @ self.turn
 
-    def coordinates(self, source: int) -> Array:
-        """`diag(S) @ V_i`, (k, in) in float32."""
-        wide = self.A[source].astype(np.float64)
-        return np.asarray(self.mixing[source] @ wide, dtype=np.float32)
+    def blocks(self, A: Sequence[Array], sources: Sequence[int]) -> Iterator[Block]:
+        """The coordinates `diag(S) @ V_i` of all sources, some columns at a time.
+
+        Every block takes the place of the one before.
+
+        Args:
+            A: (rank_i, in) of every source.
+            sources: what blocks call them.
+        """
+        directions = [
+            (basis.T @ a.astype(np.float64)).astype(np.float32)
+            for basis, a in zip(self.bases, A, strict=True)
+        ]
+        loads = [load.astype(np.float32) for load in self.loads]
+        columns = A[0].shape[1]
+        room = np.empty(len(A) * len(self.S) * min(columns, BLOCK_COLUMNS), np.float32)
+        for start in range(0, columns, BLOCK_COLUMNS):
+            width = min(BLOCK_COLUMNS, columns - start)
+            shape = (len(A), len(self.S), width)
+            block = room[: len(A) * len(self.S) * width].reshape(shape)
+            for i, (load, direction) in enumerate(zip(loads, directions, strict=True)):
+                np.matmul(load, direction[:, start : start + width], out=block[i])
+            yield Block(tuple(sources), block)
 
 
 def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
@@ -62,8 +102,8 @@ def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    A, B = [a for a, _, _ in parts], [b for _, b, _ in parts]
-    gram_b = gram_matrix(np.concatenate(B, axis=1))
+    A = [a for a, _, _ in parts]
+    gram_b = gram_matrix(np.concatenate([b for _, b, _ in parts], axis=1))
     grams_a = [gram_matrix(a.T) for a in A]
     scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
     norm_b = np.sqrt(gram_b.diagonal()) * np.abs(scale)
@@ -82,126 +122,165 @@ def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     keep = s > SINGULAR_CUTOFF
     u, s, vt = u[:, keep], s[keep], vt[keep]
     columns = np.cumsum([0, *(len(right.R) for right in rights)])
-    mixing = [
-        (s[:, None] * vt[:, i:j]) @ right.basis.T / ratio[span]
-        for i, j, right, span in zip(columns[:-1], columns[1:], rights, spans, strict=True)
-    ]
-    return Aligned(s, (scale * ratio)[:, None] * (left.basis @ u), mixing, A, B)
+    return Aligned(
+        S=s,
+        turn=(scale * ratio)[:, None] * (left.basis @ u),
+        loads=[s[:, None] * vt[:, i:j] for i, j in itertools.pairwise(columns)],
+        bases=[
+            right.basis / ratio[span][:, None] for right, span in zip(rights, spans, strict=True)
+        ],
+    )
 
 
 class Agreement:
     """What the rules need to know of all layers together, without keeping any coordinates.
 
     The threshold of a source is the k-th smallest of its d magnitudes over all layers, k being
-    `d - int(d * density)`; it is found by two counting passes over the magnitudes' bits.
+    `d - int(d * density)`; it is found by counting the magnitudes' bits, where a sample says the
+    threshold lies.
 
     Args:
-        coordinates: starts a pass over the layers.
+        blocks: starts a pass over the coordinates of all layers, in every column or every so many.
         densities: fraction kept of each source; 1 everywhere keeps everything, without a pass.
     """
 
     def __init__(
-        self, coordinates: Callable[[], Iterator[Layer]], densities: Sequence[float]
+        self, blocks: Callable[[int], Iterable[Block]], densities: Sequence[float]
     ) -> None:
-        self._coordinates = coordinates
+        self._blocks = blocks
         self._lock = threading.Lock()
         self._majority: float | None = None
-        self.thresholds = [0.0] * len(densities)
+        self.thresholds = np.zeros(len(densities), np.float32)
         if min(densities) < 1:
-            self.thresholds = _global_thresholds(coordinates, densities)
+            # BLAS on one thread: its products are small here, and waiting threads cost more than
+            # they save.
+            with threadpool_limits(1, user_api="blas"):
+                self.thresholds = _global_thresholds(blocks, densities)
 
     def majority(self) -> float:
         """Sign of the sum of all elected signs: one more pass, at the first call only."""
+        from fusekit.kernels import aligned
+
         with self._lock:
             if self._majority is None:
-                signs = (
-                    np.sign(_pruned_sum(layer, self.thresholds)) for layer in self._coordinates()
-                )
-                self._majority = float(np.sign(sum(float(sign.sum()) for sign in signs)))
+                total = 0.0
+                for block in self._blocks(1):
+                    thresholds = self.thresholds[list(block.sources)]
+                    votes = np.empty(block.rows.shape[1], np.float32)
+                    aligned.sum_kept(block.rows, thresholds, np.ones_like(thresholds), votes)
+                    total += float(np.sign(votes).sum())
+                self._majority = float(np.sign(total))
             return self._majority
 
 
 def merge_coordinates(
-    layer: Layer, weights: Sequence[float], rule: Rule, agreement: Agreement
+    block: Block, weights: Sequence[float], rule: Rule, agreement: Agreement
 ) -> Array:
-    """One layer's merged coordinates (k, in).
+    """One block's merged coordinates (k, columns).
 
     `linear`: the weighted sum of the entries kept. `ties`: of those that agree with the sign of
     the kept entries' unweighted sum, over the number of non-zero ones. Where kept entries cancel
     to exactly zero, the majority sign of the whole model is elected.
     """
-    kept = {
-        source: np.where(np.abs(x) >= agreement.thresholds[source], x, np.float32(0))
-        for source, x in layer.items()
-    }
+    from fusekit.kernels import aligned
+
+    sources = list(block.sources)
+    own = np.asarray(weights, np.float32)[sources]
+    thresholds = agreement.thresholds[sources]
+    merged = np.empty(block.rows.shape[1], np.float32)
     if rule == "linear":
-        return np.asarray(sum(x * np.float32(weights[source]) for source, x in kept.items()))
-    elected = np.sign(sum(kept.values()))
-    undecided = (elected == 0) & np.any([x != 0 for x in kept.values()], axis=0)
-    if undecided.any():
-        elected[undecided] = agreement.majority()
-    total: Array = np.zeros_like(elected)
-    count = np.zeros(elected.shape, dtype=np.int32)
-    for source, x in kept.items():
-        masked = x * (np.sign(x) == elected) * np.float32(weights[source])
-        total += masked
-        count += masked != 0
-    return total / np.maximum(count, 1).astype(np.float32)
+        aligned.sum_kept(block.rows, thresholds, own, merged)
+    elif aligned.mean_of_elected(block.rows, thresholds, own, 0.0, merged):
+        aligned.mean_of_elected(block.rows, thresholds, own, agreement.majority(), merged)
+    return merged.reshape(block.coordinates.shape[1:])
 
 
-def dropped(layer: Layer, densities: Sequence[float], mask_of: MaskOf) -> Layer:
+def drop(block: Block, densities: Sequence[float], mask_of: MaskOf) -> None:
     """DARE on coordinates: a random share `1 - density` set to zero, the rest over `density`.
 
-    `densities` goes by source, `mask_of` is asked by the coordinates' place in the layer.
+    `densities` goes by source, `mask_of` is asked by the coordinates' place in the block.
     """
-    return {
-        source: x * mask_of(place, slice(0, x.shape[0]), x.shape[1]) / np.float32(densities[source])
-        for place, (source, x) in enumerate(layer.items())
-    }
-
-
-def _pruned_sum(layer: Layer, thresholds: Sequence[float]) -> Array:
-    kept = [
-        np.where(np.abs(x) >= thresholds[source], x, np.float32(0)) for source, x in layer.items()
-    ]
-    return np.asarray(sum(kept[1:], start=kept[0]))
+    for place, source in enumerate(block.sources):
+        x = block.coordinates[place]
+        x *= mask_of(place, slice(0, x.shape[0]), x.shape[1])
+        x /= np.float32(densities[source])
 
 
 def _global_thresholds(
-    coordinates: Callable[[], Iterator[Layer]], densities: Sequence[float]
-) -> list[float]:
-    """The bits of a non-negative float32 are ordered as its value: count the upper half of the bits
-    first, then the lower half within the one upper half that holds the threshold."""
+    blocks: Callable[[int], Iterable[Block]], densities: Sequence[float]
+) -> npt.NDArray[np.float32]:
+    """The bits of a non-negative float32 are ordered as its value: the bin of equal upper halves
+    that holds the threshold is guessed from a sample, and bits are counted in it and beside it.
+    Where the guess is wrong, the upper halves of all magnitudes are counted."""
     sources = len(densities)
-    # BLAS on one thread: its products are small here, and waiting threads cost more than they save.
-    with threadpool_limits(1, user_api="blas"):
-        upper = _counted(coordinates(), [0] * sources, shift=16)
-        sizes = upper.sum(axis=1)
-        wanted = sizes - (sizes * np.asarray(densities)).astype(np.int64)
-        cumulative = upper.cumsum(axis=1)
-        high = [int(np.searchsorted(c, k)) for c, k in zip(cumulative, wanted, strict=True)]
-        lower = _counted(coordinates(), [each << 16 for each in high], shift=0)
-    thresholds = []
-    for source in range(sources):
-        before = int(cumulative[source, high[source]] - upper[source, high[source]])
-        low = int(np.searchsorted(lower[source].cumsum(), wanted[source] - before))
-        bits = np.array((high[source] << 16) | low, dtype=np.uint32)
-        thresholds.append(float(bits.view(np.float32)))
-    return thresholds
+    for step in (SAMPLED_COLUMNS, 1):
+        bins = _bins_of_rank(_upper_halves(blocks(step), sources), densities)
+        found = _thresholds(_counted(blocks(1), bins), densities)
+        if found is not None:
+            return found
+    raise AssertionError("the bin that holds the threshold was counted")
 
 
-def _counted(layers: Iterator[Layer], lows: Sequence[int], shift: int) -> npt.NDArray[np.int64]:
-    """How many magnitudes of each source have bits in each of 2^16 bins of 2^shift from `low`."""
+@dataclass(frozen=True, eq=False, slots=True)
+class _Counted:
+    """Magnitudes of every source: how many there are, how many lie above a range of bits that
+    starts at `low`, and how many have each of the bits inside it."""
+
+    low: list[int]
+    total: Counts
+    above: Counts
+    inside: Counts
+
+
+def _ranks(total: Counts, densities: Sequence[float]) -> Counts:
+    """Which magnitude is the threshold, from the smallest; 0 where everything is kept."""
+    ranks: Counts = total - (total * np.asarray(densities)).astype(np.int64)
+    return ranks
+
+
+def _bins_of_rank(upper: Counts, densities: Sequence[float]) -> list[int]:
+    wanted = _ranks(upper.sum(axis=1), densities)
+    return [int(np.searchsorted(c.cumsum(), k)) for c, k in zip(upper, wanted, strict=True)]
+
+
+def _thresholds(counted: _Counted, densities: Sequence[float]) -> npt.NDArray[np.float32] | None:
+    """The thresholds, or None if one lies outside the range in which bits were counted."""
+    below = counted.total - counted.above - counted.inside.sum(axis=1)
+    bits = np.zeros(len(densities), np.uint32)
+    for source, rank in enumerate(_ranks(counted.total, densities)):
+        cumulative = counted.inside[source].cumsum()
+        place = rank - below[source]
+        if rank and not 0 < place <= cumulative[-1]:
+            return None
+        if rank:
+            bits[source] = counted.low[source] + int(np.searchsorted(cumulative, place))
+    return bits.view(np.float32)
+
+
+def _upper_halves(blocks: Iterable[Block], sources: int) -> Counts:
+    """How many magnitudes of each source have each upper half of their bits."""
+    from fusekit.kernels import aligned
+
+    counts = np.zeros((sources, _UPPER_HALVES), np.int64)
+    for block in blocks:
+        for source, row in zip(block.sources, block.rows.view(np.uint32), strict=True):
+            aligned.count_magnitudes(row, 16, counts[source])
+    return counts
+
+
+def _counted(blocks: Iterable[Block], bins: Sequence[int]) -> _Counted:
+    """Counts in every source's bin of equal upper halves and in the two beside it."""
     from fusekit.kernels import order
 
-    counts = np.zeros((len(lows), 1 << 16), dtype=np.int64)
-    span = (1 << (16 + shift)) - 1
-    for layer in layers:
-        for source, x in layer.items():
-            bits = np.ascontiguousarray(x).reshape(-1).view(np.uint32)
-            keys = np.empty_like(bits)
-            order.magnitude_keys(bits, np.uint32(0x7FFFFFFF), keys)
-            low = np.uint32(lows[source])
-            high = np.uint32(lows[source] + span)
-            order.count_bracket(keys, low, high, np.uint32(shift), counts[source])
-    return counts
+    low = [max(0, each - 1) << 16 for each in bins]
+    total, above = np.zeros(len(bins), np.int64), np.zeros(len(bins), np.int64)
+    inside = np.zeros((len(bins), 3 << 16), np.int64)
+    for block in blocks:
+        keys = np.empty(block.rows.shape[1], np.uint32)
+        for source, row in zip(block.sources, block.rows.view(np.uint32), strict=True):
+            order.magnitude_keys(row, np.uint32(0x7FFFFFFF), keys)
+            first = np.uint32(low[source])
+            last = np.uint32(low[source] + inside.shape[1] - 1)
+            above[source] += order.count_bracket(keys, first, last, np.uint32(0), inside[source])
+            total[source] += keys.size
+    return _Counted(low, total, above, inside)

@@ -17,8 +17,11 @@ Double = npt.NDArray[np.float64]
 GRAM_CUTOFF = 1e-15
 """Directions whose share of a Gram matrix's largest eigenvalue is below this are rounding noise."""
 
+GRAM_NOISE = 16
+"""Shares of a Gram matrix below this many roundings of its element type tell nothing."""
+
 CACHED_ROWS = 1024
-"""Rows of a tall factor that are widened to float64 at a time."""
+"""Rows of a tall factor that are multiplied at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,38 +99,80 @@ def _core(B: Array, A: Array) -> _Core:
     )
 
 
-def gram_matrix(tall: Array) -> Double:
-    """`M.T @ M` in float64, M widened piece by piece while the piece is in the cache."""
+def gram_matrix(tall: Array, dtype: type[np.floating[Any]] = np.float64) -> Double:
+    """`M.T @ M` in float64, from pieces that fit the cache, multiplied in `dtype`."""
     total = np.zeros((tall.shape[1], tall.shape[1]))
     for start in range(0, tall.shape[0], CACHED_ROWS):
-        wide = tall[start : start + CACHED_ROWS].astype(np.float64)
-        total += wide.T @ wide
+        piece = tall[start : start + CACHED_ROWS].astype(dtype, copy=False)
+        total += piece.T @ piece
     return total
 
 
-def _wide_product(tall: Array, narrow: Double) -> Array:
-    """`M @ narrow`, multiplied in float64, kept in float32 (or M's type if that is wider)."""
+def _wide_product(tall: Array, narrow: Double, dtype: type[np.floating[Any]]) -> Array:
+    """`M @ narrow`, multiplied in `dtype`, kept in float32 (or M's type if that is wider)."""
     out = np.empty((tall.shape[0], narrow.shape[1]), np.result_type(tall.dtype, np.float32))
+    narrow = narrow.astype(dtype)
     for start in range(0, tall.shape[0], CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
-        out[rows] = tall[rows].astype(np.float64) @ narrow
+        out[rows] = tall[rows].astype(dtype, copy=False) @ narrow
     return out
 
 
-def product_svd(B: Array, A: Array, rank: int | None = None) -> ThinSvd:
+def product_svd(
+    B: Array, A: Array, rank: int | None = None, *, half_precision: bool = False
+) -> ThinSvd:
     """Thin SVD of `B @ A` without forming it: O((out + in) q^2) for B (out, q), A (q, in).
 
-    With `B = Q_B R_B` and `A.T = Q_A R_A`, the SVD of the small core `R_B @ R_A.T` gives that of
-    the product.
+    With `A A^T = L L^T` and the eigenvectors W of `L^T (B^T B) L`, whose eigenvalues are S^2, the
+    singular vectors are `V = A^T L^-T W` and `U = B L W / S`. Factors that depend on each other too
+    closely for this are orthogonalised first.
 
     Args:
         rank: keep at most this many triples.
+        half_precision: the factors' values come from bfloat16 or float16, so that sums of their
+            products in float32 are as much finer than they as float64 is than float32.
     """
+    if half_precision:
+        found = _svd_by_eigenvectors(B, A, rank, np.float32)
+        if found is not None:
+            return found
+    return _svd_by_eigenvectors(B, A, rank, np.float64) or _svd_by_core(B, A, rank)
+
+
+def _svd_by_eigenvectors(
+    B: Array, A: Array, rank: int | None, dtype: type[np.floating[Any]]
+) -> ThinSvd | None:
+    """See `product_svd`; None where Gram matrices in `dtype` cannot tell directions from noise."""
+    noise = GRAM_NOISE * float(np.finfo(dtype).eps)
+    gram_a = gram_matrix(A.T, dtype)
+    lengths = np.sqrt(gram_a.diagonal())
+    if not np.all(lengths > 0):
+        return None
+    try:
+        lower = np.linalg.cholesky(gram_a / np.outer(lengths, lengths))
+    except np.linalg.LinAlgError:
+        return None
+    if float(lower.diagonal().min()) ** 2 < noise:
+        return None
+    turned = lengths[:, None] * lower
+    values, vectors = np.linalg.eigh(turned.T @ gram_matrix(B, dtype) @ turned)
+    values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
+    if not values[-1] > noise * values[0]:
+        return None
+    roots = np.sqrt(values)
+    U = _wide_product(B, turned @ vectors / roots, dtype)
+    V = _wide_product(A.T, np.linalg.solve(lower.T, vectors) / lengths[:, None], dtype)
+    return ThinSvd(U, roots, V.T)
+
+
+def _svd_by_core(B: Array, A: Array, rank: int | None) -> ThinSvd:
+    """With `B = Q_B R_B` and `A.T = Q_A R_A`, the SVD of the small core `R_B @ R_A.T` gives that of
+    the product."""
     core = _core(B, A)
     u, s, vt = np.linalg.svd(core.left.R @ core.right.R.T, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    U = _wide_product(B, core.left.basis @ u)
-    V = _wide_product(A.T, core.right.basis @ vt.T)
+    U = _wide_product(B, core.left.basis @ u, np.float64)
+    V = _wide_product(A.T, core.right.basis @ vt.T, np.float64)
     return ThinSvd(U, s, V.T)
 
 
@@ -255,6 +300,9 @@ def stack_factors(parts: Sequence[tuple[Array, Array, float]]) -> tuple[Array, A
 
     The coefficient goes on A, as in PEFT's `cat`.
     """
-    A = np.concatenate([a * np.float32(c) for a, _, c in parts], axis=0)
-    B = np.concatenate([b for _, b, _ in parts], axis=1)
-    return A, B
+    A = np.empty((sum(len(a) for a, _, _ in parts), parts[0][0].shape[1]), np.float32)
+    start = 0
+    for a, _, c in parts:
+        np.multiply(a, np.float32(c), out=A[start : start + len(a)], casting="same_kind")
+        start += len(a)
+    return A, np.concatenate([b for _, b, _ in parts], axis=1)

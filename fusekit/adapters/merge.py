@@ -29,7 +29,7 @@ from fusekit.adapters.combine import (
     magnitude_threshold,
     weighted_sum,
 )
-from fusekit.adapters.knots import Agreement, Aligned, Layer, align, dropped, merge_coordinates
+from fusekit.adapters.knots import Agreement, Aligned, Block, align, drop, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.linalg import (
     ThinSvd,
@@ -141,6 +141,10 @@ class _Part:
     @property
     def coefficient(self) -> float:
         return self.weight * self.module.scaling
+
+    @property
+    def half_precision(self) -> bool:
+        return max(self.module.A.dtype.itemsize, self.module.B.dtype.itemsize) <= 2
 
 
 Combine = Callable[[str, Sequence[_Part]], tuple[Array, Array]]
@@ -496,7 +500,8 @@ def _delta_space(
     plain = combination == Combination()
     if plain and all(part.dense is None for part in parts):
         A, B = stack_factors(_low_rank(name, parts))
-        return product_svd(B, A, rank).factors(split)
+        half = all(part.half_precision for part in parts)
+        return product_svd(B, A, rank, half_precision=half).factors(split)
     delta = _combined_delta(name, parts, combination, options)
     return _dense_svd(delta, rank, options).factors(split)
 
@@ -582,35 +587,50 @@ class _Knots:
         self._densities = options.densities(len(pool.adapters))
         self._found: dict[str, Aligned] = {}  # small matrices only, for the passes that follow
         kept = [1.0] * len(pool.adapters) if self._drop else self._densities
-        self._agreement = Agreement(self._all_coordinates, kept)
+        self._agreement = Agreement(self._all_blocks, kept)
 
     def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
-        aligned, layer = self._aligned(name, parts)
-        basis = aligned.basis().astype(np.float32)
-        merged = merge_coordinates(layer, self._pool.weights, self._rule, self._agreement)
+        aligned = self._aligned(name, parts)
+        A, B = self._sides(parts)
+        merged = np.empty((len(aligned.S), A[0].shape[1]), np.float32)
+        done = 0
+        for block in self._blocks(name, parts, aligned):
+            columns = slice(done, done + block.coordinates.shape[2])
+            merged[:, columns] = merge_coordinates(
+                block, self._pool.weights, self._rule, self._agreement
+            )
+            done = columns.stop
+        basis = aligned.basis(B).astype(np.float32)
         return (basis.T, merged.T) if self._options.knots_basis == "input" else (merged, basis)
 
-    def _aligned(self, name: str, parts: Sequence[_Part]) -> tuple[Aligned, Layer]:
-        _low_rank(name, parts)
-        sides = [(part.A, part.B) for part in parts]
+    def _sides(self, parts: Sequence[_Part]) -> tuple[list[Array], list[Array]]:
+        """All A and all B, changing places if the basis is the input side's."""
         if self._options.knots_basis == "input":
-            sides = [(B.T, A.T) for A, B in sides]
-        found = self._found.get(name)
-        if found is None:
-            scalings = [part.module.scaling for part in parts]
-            found = align([(A, B, s) for (A, B), s in zip(sides, scalings, strict=True)])
-            self._found[name] = dataclasses.replace(found, A=(), B=())
-        aligned = dataclasses.replace(found, A=[A for A, _ in sides], B=[B for _, B in sides])
-        layer: Layer = {part.source: aligned.coordinates(i) for i, part in enumerate(parts)}
-        if self._drop:
-            draw = _masks(name, "coordinates", parts, self._options)
-            layer = dropped(layer, self._densities, draw)
-        return aligned, layer
+            return [part.B.T for part in parts], [part.A.T for part in parts]
+        return [part.A for part in parts], [part.B for part in parts]
 
-    def _all_coordinates(self) -> Iterator[Layer]:
+    def _aligned(self, name: str, parts: Sequence[_Part]) -> Aligned:
+        _low_rank(name, parts)
+        if name not in self._found:
+            A, B = self._sides(parts)
+            scalings = [part.module.scaling for part in parts]
+            self._found[name] = align(list(zip(A, B, scalings, strict=True)))
+        return self._found[name]
+
+    def _blocks(
+        self, name: str, parts: Sequence[_Part], aligned: Aligned, step: int = 1
+    ) -> Iterator[Block]:
+        A = [a[:, ::step] for a in self._sides(parts)[0]]
+        draw = _masks(name, "coordinates", parts, self._options)
+        for block in aligned.blocks(A, [part.source for part in parts]):
+            if self._drop:
+                drop(block, self._densities, draw)
+            yield block
+
+    def _all_blocks(self, step: int) -> Iterator[Block]:
         for name in self._pool.names:
             for expert, parts in _by_expert(name, self._pool.parts(name)).items():
-                yield self._aligned(expert, parts)[1]
+                yield from self._blocks(expert, parts, self._aligned(expert, parts), step)
 
 
 def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) -> MaskOf:

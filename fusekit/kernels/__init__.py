@@ -14,6 +14,7 @@ GRANULE = 8192
 """Elements per partial sum. Blocks start at multiples of it."""
 
 _SUBMODULES = (
+    "aligned",
     "codecs",
     "columns",
     "columnwise",
@@ -32,6 +33,7 @@ _SUBMODULES = (
     "ranks",
     "statistics",
     "thin",
+    "tiles",
 )
 
 

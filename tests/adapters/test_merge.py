@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fusekit.adapters import Adapter, load_adapter, merge_adapters, write_adapter
+from fusekit.adapters import knots as knots_module
 from fusekit.adapters import merge as merge_module
 from fusekit.adapters.combine import prune_magnitude
-from fusekit.adapters.knots import Agreement, align, merge_coordinates
+from fusekit.adapters.knots import Agreement, Block, align, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.merge import METHODS, MergeOptions
 from fusekit.checkpoint.memory import MemorySource
@@ -359,11 +360,21 @@ def test_aligned_coordinates_rebuild_every_update():
     adapters = [random_adapter(seed, SHAPES, rank=3, scaling=0.5) for seed in range(2)]
     parts = [(a.modules["a.weight"].A, a.modules["a.weight"].B, 0.5) for a in adapters]
     aligned = align(parts)
-    np.testing.assert_allclose(aligned.basis().T @ aligned.basis(), np.eye(6), atol=1e-8)
-    for i, adapter in enumerate(adapters):
-        np.testing.assert_allclose(
-            aligned.basis() @ aligned.coordinates(i), delta_of(adapter, "a.weight"), atol=1e-5
-        )
+    basis = aligned.basis([B for _, B, _ in parts])
+    np.testing.assert_allclose(basis.T @ basis, np.eye(6), atol=1e-8)
+    (block,) = aligned.blocks([A for A, _, _ in parts], (0, 1))
+    for coordinates, adapter in zip(block.coordinates, adapters, strict=True):
+        np.testing.assert_allclose(basis @ coordinates, delta_of(adapter, "a.weight"), atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["knots_ties", "knots_linear"])
+def test_blocks_of_columns_change_nothing(method, monkeypatch):
+    adapters = [random_adapter(seed, {"m.weight": (8, 50)}, rank=2) for seed in range(3)]
+    options = MergeOptions(density=0.3)
+    whole = delta_of(merge_adapters(adapters, method, options=options))
+    monkeypatch.setattr(knots_module, "BLOCK_COLUMNS", 7)
+    blocks = delta_of(merge_adapters(adapters, method, options=options))
+    np.testing.assert_allclose(blocks, whole, atol=1e-6)
 
 
 def test_knots_drops_directions_of_rounding_noise():
@@ -387,17 +398,31 @@ def test_knots_ties_turns_with_the_output_space():
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000), density=st.floats(0, 0.999))
-def test_global_thresholds_are_exact_order_statistics(seed, density):
+@given(seed=st.integers(0, 1000), density=st.floats(0, 0.999), misleading=st.booleans())
+def test_global_thresholds_are_exact_order_statistics(seed, density, misleading):
     rng = np.random.default_rng(seed)
-    layers = [
-        {0: rng.standard_normal((3, 5)).astype("f4"), 1: rng.standard_normal((3, 5)).astype("f4")},
-        {1: rng.standard_normal((2, 4)).astype("f4")},
+    blocks = [
+        Block((0, 1), rng.standard_normal((2, 3, 5)).astype("f4")),
+        Block((1,), rng.standard_normal((1, 2, 4)).astype("f4")),
     ]
-    found = Agreement(lambda: iter(layers), [density] * 2).thresholds
+    if misleading:
+        blocks[0].coordinates[:, :, 0] *= 1e6
+
+    def every(step):
+        return [Block(b.sources, b.coordinates[:, :, ::step]) for b in blocks]
+
+    found = Agreement(every, [density] * 2).thresholds
     for source in range(2):
-        values = np.sort(np.abs(np.concatenate([x[source].ravel() for x in layers if source in x])))
+        rows = [b.rows[b.sources.index(source)] for b in blocks if source in b.sources]
+        values = np.sort(np.abs(np.concatenate(rows)))
         assert found[source] == values[len(values) - int(len(values) * density) - 1]
+
+
+def test_an_adapter_that_keeps_everything_has_no_threshold():
+    blocks = [Block((0, 1), np.ones((2, 2, 3), np.float32))]
+    np.testing.assert_array_equal(
+        Agreement(lambda _: blocks, [1.0, 0.5, 0.5]).thresholds, [0, 1, 0]
+    )
 
 
 @pytest.mark.parametrize("majority", [1, -1])
@@ -405,9 +430,9 @@ def test_entries_that_cancel_follow_the_whole_models_majority(majority):
     one = np.array([[2.0, 5.0, 0.0]], np.float32)
     other = np.array([[-2.0, 1.0, 0.0]], np.float32)
     rest = np.full((1, 9), majority, np.float32)
-    layers = [{0: one, 1: other}, {0: rest}]
-    agreement = Agreement(lambda: iter(layers), [1.0, 1.0])
-    merged = merge_coordinates(layers[0], [1.0, 1.0], "ties", agreement)
+    blocks = [Block((0, 1), np.stack([one, other])), Block((0,), rest[None])]
+    agreement = Agreement(lambda _: blocks, [1.0, 1.0])
+    merged = merge_coordinates(blocks[0], [1.0, 1.0], "ties", agreement)
     np.testing.assert_array_equal(merged, [[2.0 * majority, 3.0, 0.0]])
 
 
