@@ -165,12 +165,21 @@ class Adapter:
 
 
 def to_float32(array: Array) -> Float:
-    """The array in float32; bfloat16 by its bits, as its casts are slow and hold Python's lock."""
+    """The array in float32."""
+    if array.dtype == np.float32:
+        return array
+    widened: Float = np.empty(array.shape, np.float32)
+    widen(array, widened)
+    return widened
+
+
+def widen(array: Array, out: Float) -> None:
+    """Write the array into one of float32; bfloat16 by its bits, as its casts are slow and hold
+    Python's lock."""
     if array.dtype.name == "bfloat16":
-        widened: Float = np.empty(array.shape, np.float32)
-        np.left_shift(array.view(np.uint16), np.uint32(16), out=widened.view(np.uint32))
-        return widened
-    return array.astype(np.float32, copy=False)
+        np.left_shift(array.view(np.uint16), np.uint32(16), out=out.view(np.uint32))
+    else:
+        out[...] = array
 
 
 def same_bits(first: Array, other: Array) -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from fusekit.adapters.adapter import to_float32
 from fusekit.adapters.combine import MaskOf
 from fusekit.adapters.linalg import balance, gram_matrix, orthogonalize
 
@@ -66,7 +67,8 @@ class Aligned:
 
     def basis(self, B: Sequence[Array]) -> Array:
         """U (out, k), orthonormal columns, in float64, from the sources' B (out, rank_i)."""
-        return np.concatenate(B, axis=1).astype(np.float64) @ self.turn
+        stacked = np.concatenate([to_float32(b) for b in B], axis=1)
+        return stacked.astype(np.float64) @ self.turn
 
     def blocks(self, A: Sequence[Array], sources: Sequence[int]) -> Iterator[Block]:
         """The coordinates `diag(S) @ V_i` of all sources, some columns at a time.
@@ -78,7 +80,7 @@ class Aligned:
             sources: what blocks call them.
         """
         directions = [
-            (basis.T @ a.astype(np.float64)).astype(np.float32)
+            (basis.T @ to_float32(a).astype(np.float64)).astype(np.float32)
             for basis, a in zip(self.bases, A, strict=True)
         ]
         loads = [load.astype(np.float32) for load in self.loads]
@@ -102,8 +104,8 @@ def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    A = [a for a, _, _ in parts]
-    gram_b = gram_matrix(np.concatenate([b for _, b, _ in parts], axis=1))
+    A = [to_float32(a) for a, _, _ in parts]
+    gram_b = gram_matrix(np.concatenate([to_float32(b) for _, b, _ in parts], axis=1))
     grams_a = [gram_matrix(a.T) for a in A]
     scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
     norm_b = np.sqrt(gram_b.diagonal()) * np.abs(scale)

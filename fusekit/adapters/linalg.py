@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fusekit.adapters.adapter import widen
 from fusekit.errors import FusekitError
 
 Array = npt.NDArray[Any]
@@ -300,9 +301,14 @@ def stack_factors(parts: Sequence[tuple[Array, Array, float]]) -> tuple[Array, A
 
     The coefficient goes on A, as in PEFT's `cat`.
     """
-    A = np.empty((sum(len(a) for a, _, _ in parts), parts[0][0].shape[1]), np.float32)
+    rank = sum(len(a) for a, _, _ in parts)
+    A = np.empty((rank, parts[0][0].shape[1]), np.float32)
+    B = np.empty((parts[0][1].shape[0], rank), np.float32)
     start = 0
-    for a, _, c in parts:
-        np.multiply(a, np.float32(c), out=A[start : start + len(a)], casting="same_kind")
-        start += len(a)
-    return A, np.concatenate([b for _, b, _ in parts], axis=1)
+    for a, b, coefficient in parts:
+        span = slice(start, start + len(a))
+        widen(a, A[span])
+        A[span] *= np.float32(coefficient)
+        widen(b, B[:, span])
+        start = span.stop
+    return A, B

@@ -129,7 +129,10 @@ class MergeOptions:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Part:
-    """One source's share in one module: `coefficient * B @ A`, or a dense update (DoRA)."""
+    """One source's share in one module: `coefficient * B @ A`, or a dense update (DoRA).
+
+    A and B are in the source's own element type.
+    """
 
     source: int
     weight: float
@@ -278,8 +281,8 @@ class _Pool:
                     source=index,
                     weight=weight,
                     module=module,
-                    A=to_float32(module.A),
-                    B=to_float32(module.B),
+                    A=module.A,
+                    B=module.B,
                     dense=self._dense(module),
                 )
             )
@@ -455,7 +458,7 @@ def _factor_space(
             f"adapter module {name!r} has ranks {ranks}: combining factors needs equal ranks; "
             "use cat or svd"
         )
-    padded = [pad_rank(A, B, max(ranks)) for A, B, _ in triples]
+    padded = [pad_rank(to_float32(A), to_float32(B), max(ranks)) for A, B, _ in triples]
     sizes = [abs(coefficient) for _, _, coefficient in triples]
     total = 1.0
     if options.convention == "fusekit" and not combination.elect:
@@ -521,6 +524,7 @@ def _combined_delta(
     name: str, parts: Sequence[_Part], combination: Combination, options: MergeOptions
 ) -> Array:
     """The dense combination of updates (out, in), built from blocks of rows."""
+    parts = [dataclasses.replace(p, A=to_float32(p.A), B=to_float32(p.B)) for p in parts]
     rows, columns = parts[0].B.shape[0], parts[0].A.shape[1]
     step = max(1, BLOCK_BYTES // (4 * columns * len(parts)))
     blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -568,7 +572,7 @@ def _delta_rows(part: _Part, rows: slice) -> Array:
 
 
 def _lego(name: str, parts: Sequence[_Part], options: MergeOptions) -> tuple[Array, Array]:
-    triples = _low_rank(name, parts)
+    triples = [(to_float32(A), to_float32(B), c) for A, B, c in _low_rank(name, parts)]
     pieces = sum(A.shape[0] for A, _, _ in triples)
     rank = options.rank or max(1, round(pieces / len(triples)))
     seed = _key(options.seed, name, "pieces")
