@@ -99,6 +99,61 @@ def test_triples_leave_out_rounding_noise() -> None:
     assert_near(found.product().float(), left @ right.T, 1e-6)
 
 
+def assert_lower_half(found: torch.Tensor, expected: torch.Tensor) -> None:
+    torch.testing.assert_close(found.tril(), expected.tril(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", [5, 300])
+def test_half_a_gram_matrix_is_that_of_the_product(rows: int) -> None:
+    (matrix,) = draw(6, (rows, 7), 1)
+    expected = matrix.double() @ matrix.double().T
+    assert_lower_half(linalg.lower_gram(matrix), expected)
+    torch.testing.assert_close(linalg.mirrored(expected), expected)
+
+
+@few
+@given(seed=seeds, shape=shapes, numerical=st.booleans())
+def test_triples_of_a_residual_need_no_residual(
+    seed: int, shape: tuple[int, int], numerical: bool
+) -> None:
+    matrix, other = draw(seed, shape, 2)
+    basis = linalg.all_triples(other, 2).U
+    found = linalg.residual_triples(matrix, basis, 2, numerical)
+    wide = matrix.double()
+    U, S, Vh = torch.linalg.svd(wide - basis @ (basis.T @ wide), full_matrices=False)
+    torch.testing.assert_close(found.S, S[:2], rtol=1e-8, atol=1e-8)
+    if float(S[1] - S[2]) > 1e-3:
+        torch.testing.assert_close(found.product(), (U[:, :2] * S[:2]) @ Vh[:2], rtol=0, atol=1e-6)
+    assert float((basis.T @ found.U).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(20, 8), (8, 20)])
+@pytest.mark.parametrize("numerical", [True, False])
+def test_a_residual_without_strength_has_orthonormal_directions_or_none(
+    shape: tuple[int, int], numerical: bool
+) -> None:
+    left, right = draw(7, (shape[0], 2), 1)[0], draw(8, (shape[1], 2), 1)[0]
+    matrix = left @ right.T
+    basis = linalg.triples(matrix).U
+    found = linalg.residual_triples(matrix, basis, 3, numerical)
+    if numerical:
+        assert float(found.S.sum()) < 1e-4
+    else:
+        identity = torch.eye(3, dtype=torch.float64)
+        torch.testing.assert_close(found.U.T @ found.U, identity, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(300, 700), (700, 300), (300, 300)])
+def test_large_matrices_have_the_factors_that_lapack_finds(shape: tuple[int, int]) -> None:
+    (matrix,) = draw(9, shape, 1)
+    U, S, Vh = torch.linalg.svd(matrix.double(), full_matrices=False)
+    found = linalg.triples(matrix)
+    torch.testing.assert_close(found.S, S, rtol=1e-6, atol=0)
+    assert_near(found.product(), matrix.double(), 2e-6)
+    factor, _ = linalg.polar(matrix)
+    assert_near(factor.double(), U @ Vh, 2e-5)
+
+
 # -- task singular vectors ----------------------------------------------------------------------
 
 

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fusekit.methods.matrix.linalg import all_triples, orthogonalized_product, polar, total, triples
+from fusekit.methods.matrix.linalg import (
+    all_triples,
+    orthogonalized_product,
+    polar,
+    residual_triples,
+    total,
+    triples,
+)
 
 
 class Isotropic(NamedTuple):
@@ -31,10 +38,9 @@ def common(deltas: Sequence[Tensor], numerical: bool = False) -> Isotropic:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         arXiv 2502.04959.
     """
-    summed = total(deltas)
-    direction, S = polar(summed, numerical)
+    direction, S = polar(total(deltas), numerical, deltas[0].dtype)
     sigma = _mean(S)
-    return Isotropic((sigma * direction).to(deltas[0].dtype), sigma)
+    return Isotropic(direction.to(deltas[0].dtype) * sigma, sigma)
 
 
 def _mean(values: Tensor) -> float:
@@ -69,10 +75,9 @@ def common_and_specific(
     own = specific_directions(rank, len(deltas), fraction)
     if own == 0:
         return common(deltas, numerical)
-    summed = total(deltas)
     decompose = triples if numerical else all_triples
-    shared = decompose(summed, rank - own * len(deltas))
-    pieces = [decompose(_residual(delta, shared.U), own) for delta in deltas]
+    shared = decompose(total(deltas), rank - own * len(deltas), deltas[0].dtype)
+    pieces = [residual_triples(delta, shared.U, own, numerical) for delta in deltas]
     pieces.append(shared)
     S = torch.cat([piece.S for piece in pieces])
     sigma = _mean(S)
@@ -80,8 +85,3 @@ def common_and_specific(
     V = torch.cat([piece.V for piece in pieces], dim=1)
     flat = orthogonalized_product(U, torch.full_like(S, sigma), V)
     return Isotropic(flat.to(deltas[0].dtype), sigma)
-
-
-def _residual(delta: Tensor, U: Tensor) -> Tensor:
-    wide = delta.double()
-    return wide - U @ (U.T @ wide)

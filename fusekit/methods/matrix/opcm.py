@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from fusekit.methods.matrix.linalg import triples
@@ -63,24 +62,17 @@ def project(
     if not len(found.S):
         return delta.clone()
     U, V = found.U.to(delta.dtype), found.V.to(delta.dtype)
+    leading, leading_V = U[:, :rank], V[:, :rank]
     right = delta @ V
-    core = torch.zeros((len(found.S), len(found.S)), dtype=delta.dtype, device=delta.device)
-    core[:rank, :rank] = U[:, :rank].T @ right[:, :rank]
-    if zero_diagonal:
-        core.diagonal().copy_((U * right).sum(0))
-    removed = _sandwich(U, core, V)
+    block = leading.T @ right[:, :rank]
+    mixed = U * (U * right).sum(0)
+    mixed[:, :rank] = leading @ block
+    removed = mixed @ V.T
     if protect == "all" and rank:
-        left = U[:, :rank].T @ delta
-        removed = removed + U[:, :rank] @ (left - (left @ V[:, :rank]) @ V[:, :rank].T)
-        outer = right[:, :rank] - U[:, :rank] @ (U[:, :rank].T @ right[:, :rank])
-        removed = removed + outer @ V[:, :rank].T
+        left = leading.T @ delta
+        removed += leading @ (left - block @ leading_V.T)
+        removed += (right[:, :rank] - leading @ block) @ leading_V.T
     return delta - removed
-
-
-def _sandwich(U: Tensor, core: Tensor, V: Tensor) -> Tensor:
-    if U.shape[0] <= V.shape[0]:
-        return (U @ core) @ V.T
-    return U @ (core @ V.T)
 
 
 def add(
