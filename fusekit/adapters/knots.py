@@ -176,7 +176,7 @@ class Agreement:
 
 
 def merge_coordinates(
-    block: Block, weights: Sequence[float], rule: Rule, agreement: Agreement
+    block: Block, weights: npt.ArrayLike, rule: Rule, agreement: Agreement
 ) -> Array:
     """One block's merged coordinates (k, columns).
 

@@ -150,8 +150,11 @@ class _Part:
         return max(self.module.A.dtype.itemsize, self.module.B.dtype.itemsize) <= 2
 
 
-Combine = Callable[[str, Sequence[_Part]], tuple[Array, Array]]
-"""A module's name and its sources -> factors (A, B) of the merged update."""
+Settings = tuple[Sequence[float], MergeOptions]
+"""Weights and options of one tensor."""
+
+Combine = Callable[[str, Sequence[_Part], MergeOptions], tuple[Array, Array]]
+"""A module's name, its sources and options -> factors (A, B) of the merged update."""
 
 
 def merge_adapters(
@@ -160,6 +163,7 @@ def merge_adapters(
     weights: Sequence[float] | None = None,
     options: MergeOptions | None = None,
     base: TensorSource | None = None,
+    vary: Callable[[str], Settings] | None = None,
 ) -> Adapter:
     """One adapter from several: each module merged on its own, when it is read.
 
@@ -173,6 +177,8 @@ def merge_adapters(
         weights: one per adapter, any sign. Default 1/n, or 1 for methods that average already.
         options: see `MergeOptions`.
         base: the base model, needed only for DoRA sources, whose update depends on its weights.
+        vary: weights and options by tensor name, where they differ. `parameter_budget`, `dtype`,
+            `knots_basis` and KnOTS's densities hold for the whole merge: those of `options` count.
 
     Returns:
         An adapter whose modules are computed at access, so that writing it never holds it whole.
@@ -196,16 +202,24 @@ def merge_adapters(
                [0.75, 0.75, 0.75]], dtype=float32)
     """
     options = options or MergeOptions()
-    weights = checked_weights(adapters, method, weights, options)
-    pool = _Pool(adapters, weights, base)
-    config = _shared_config(adapters)
-    replacements = _merged_replacements(adapters, weights, options)
+    settings = (checked_weights(adapters, method, weights, options), options)
+    if vary is not None:
+        for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
+            checked_weights(adapters, method, *vary(name))
+    settings_of = vary or (lambda _: settings)
     label = f"{method} of {len(adapters)} adapters"
-    untouched = options.rank is None and options.parameter_budget is None and options.dtype is None
-    if len(adapters) == 1 and weights[0] == 1 and untouched and not method.startswith("lora_lego"):
+    if vary is None and _changes_nothing(method, *settings):
         return dataclasses.replace(adapters[0], label=label)
+    pool = _Pool(adapters, settings_of, base)
     modules = _MergedModules(pool, _combiner(pool, method, options), options)
-    return Adapter(label, modules, replacements, config)
+    replacements = _merged_replacements(adapters, settings_of)
+    return Adapter(label, modules, replacements, _shared_config(adapters))
+
+
+def _changes_nothing(method: str, weights: Sequence[float], options: MergeOptions) -> bool:
+    """Whether a merge gives back its only source, whatever the source holds."""
+    untouched = options.rank is None and options.parameter_budget is None and options.dtype is None
+    return list(weights) == [1] and untouched and not method.startswith("lora_lego")
 
 
 def checked_weights(
@@ -260,17 +274,24 @@ class _Pool:
     """The adapters to merge, module by module, checked against each other."""
 
     def __init__(
-        self, adapters: Sequence[Adapter], weights: Sequence[float], base: TensorSource | None
+        self,
+        adapters: Sequence[Adapter],
+        settings: Callable[[str], Settings],
+        base: TensorSource | None,
     ) -> None:
         self.adapters = adapters
-        self.weights = weights
+        self._settings = settings
         self._base = base
         self.names = list(dict.fromkeys(name for a in adapters for name in a.modules))
 
+    def options(self, name: str) -> MergeOptions:
+        return self._settings(name)[1]
+
     def parts(self, name: str) -> list[_Part]:
-        """Every source's share in a module, per expert flattened into one pseudo-module each."""
+        """Every source's share in a module."""
         found: list[_Part] = []
-        for index, (adapter, weight) in enumerate(zip(self.adapters, self.weights, strict=True)):
+        weights, _ = self._settings(name)
+        for index, (adapter, weight) in enumerate(zip(self.adapters, weights, strict=True)):
             if name not in adapter.modules:
                 continue
             module = adapter.modules[name]
@@ -326,8 +347,6 @@ class _MergedModules(Mapping[str, LoraModule]):
     def __init__(self, pool: _Pool, combine_parts: Combine, options: MergeOptions) -> None:
         self._pool = pool
         self._combine = combine_parts
-        self._split = "left" if options.convention == "peft" else "balanced"
-        self._rank = options.rank
         self._dtype = None if options.dtype is None else dtype_named(options.dtype).numpy
         self._ranks: Mapping[str, int] | None = None
         if options.parameter_budget is not None:
@@ -337,12 +356,13 @@ class _MergedModules(Mapping[str, LoraModule]):
         parts = self._pool.parts(name)
         if not parts:
             raise KeyError(name)
-        rank = self._rank if self._ranks is None else self._ranks[name]
+        options = self._pool.options(name)
+        rank = options.rank if self._ranks is None else self._ranks[name]
         factors = []
         for expert, expert_parts in _by_expert(name, parts).items():
-            A, B = self._combine(expert, expert_parts)
+            A, B = self._combine(expert, expert_parts, options)
             if rank is not None and rank < A.shape[0]:
-                A, B = product_svd(B, A, rank).factors(self._split)
+                A, B = product_svd(B, A, rank).factors(_split(options))
             factors.append((A, B))
         width = max(1, *(A.shape[0] for A, _ in factors))
         A, B = _joined([pad_rank(A, B, width) for A, B in factors])
@@ -380,7 +400,7 @@ class _MergedModules(Mapping[str, LoraModule]):
             experts = _by_expert(name, self._pool.parts(name))
             spectra = []
             for expert, parts in experts.items():
-                A, B = self._combine(expert, parts)
+                A, B = self._combine(expert, parts, self._pool.options(name))
                 spectra.append(product_singular_values(B, A))
                 costs[name] = len(experts) * (A.shape[1] + B.shape[0])
             length = max(len(spectrum) for spectrum in spectra)
@@ -418,9 +438,9 @@ def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
     if method == "cat":
-        return lambda name, parts: stack_factors(_low_rank(name, parts))
+        return lambda name, parts, _: stack_factors(_low_rank(name, parts))
     if method == "lora_lego":
-        return lambda name, parts: _lego(name, parts, options)
+        return _lego
     if method.startswith("knots"):
         return _Knots(pool, method, options)
     dense = method.endswith("svd")
@@ -428,9 +448,13 @@ def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
     if len(pool.adapters) == 1:
         combination = Combination()
         dense = dense and options.convention == "fusekit"
-    if dense:
-        return lambda name, parts: _delta_space(name, parts, combination, options)
-    return lambda name, parts: _factor_space(name, parts, combination, options)
+    space = _delta_space if dense else _factor_space
+    return lambda name, parts, own: space(name, parts, combination, own)
+
+
+def _split(options: MergeOptions) -> str:
+    """Where singular values go, see `ThinSvd.factors`."""
+    return "left" if options.convention == "peft" else "balanced"
 
 
 def _low_rank(name: str, parts: Sequence[_Part]) -> list[tuple[Array, Array, float]]:
@@ -498,7 +522,7 @@ def _delta_space(
     A plain sum of products is decomposed from its factors; what is entry-wise needs one dense
     matrix of this module at a time.
     """
-    split = "left" if options.convention == "peft" else "balanced"
+    split = _split(options)
     rank = options.rank or max(part.A.shape[0] for part in parts)
     plain = combination == Combination()
     if plain and all(part.dense is None for part in parts):
@@ -593,16 +617,16 @@ class _Knots:
         kept = [1.0] * len(pool.adapters) if self._drop else self._densities
         self._agreement = Agreement(self._all_blocks, kept)
 
-    def __call__(self, name: str, parts: Sequence[_Part]) -> tuple[Array, Array]:
+    def __call__(self, name: str, parts: Sequence[_Part], _: MergeOptions) -> tuple[Array, Array]:
         aligned = self._aligned(name, parts)
+        weights = np.zeros(len(self._densities))
+        weights[[part.source for part in parts]] = [part.weight for part in parts]
         A, B = self._sides(parts)
         merged = np.empty((len(aligned.S), A[0].shape[1]), np.float32)
         done = 0
         for block in self._blocks(name, parts, aligned):
             columns = slice(done, done + block.coordinates.shape[2])
-            merged[:, columns] = merge_coordinates(
-                block, self._pool.weights, self._rule, self._agreement
-            )
+            merged[:, columns] = merge_coordinates(block, weights, self._rule, self._agreement)
             done = columns.stop
         basis = aligned.basis(B).astype(np.float32)
         return (basis.T, merged.T) if self._options.knots_basis == "input" else (merged, basis)
@@ -676,10 +700,11 @@ def _shared_config(adapters: Sequence[Adapter]) -> dict[str, Any]:
 
 
 def _merged_replacements(
-    adapters: Sequence[Adapter], weights: Sequence[float], options: MergeOptions
+    adapters: Sequence[Adapter], settings: Callable[[str], Settings]
 ) -> Mapping[str, Array]:
     merged: dict[str, Array] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.replacements):
+        weights, options = settings(name)
         holders = [i for i, adapter in enumerate(adapters) if name in adapter.replacements]
         tensors = [adapters[i].replacements[name] for i in holders]
         alike = all(same_bits(tensors[0], tensor) for tensor in tensors[1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -17,6 +17,7 @@ from fusekit.adapters.lego import LegoOptions
 from fusekit.adapters.merge import (
     METHODS,
     MergeOptions,
+    Settings,
     checked_weights,
     default_weight,
     merge_adapters,
@@ -25,11 +26,13 @@ from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
 from fusekit.adapters.peft_writer import write_adapter
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
+from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.references import parse_reference
 from fusekit.engine.checksum import ALGORITHM
-from fusekit.errors import RecipeError, did_you_mean
+from fusekit.errors import FusekitError, RecipeError, did_you_mean
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
+from fusekit.recipe.parameters import Lookup, read_level
 from fusekit.recipe.schema import ModelEntry, Recipe
 
 if TYPE_CHECKING:
@@ -111,6 +114,96 @@ def parameters_of(method: str) -> tuple[Parameter, ...]:
     return tuple(found)
 
 
+def _of_the_whole(method: str) -> tuple[str, ...]:
+    """Parameters that cannot differ from tensor to tensor."""
+    return ("parameter_budget", *(("density", "knots_basis") if method.startswith("knots") else ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _AdapterMethod:
+    """A method of merging adapters, as recipes' settings are read for it."""
+
+    method: str
+    parameters: tuple[Parameter, ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} of adapters"
+
+    def parameter(self, name: str) -> Parameter | None:
+        return next((p for p in self.parameters if p.name == name), None)
+
+
+class _Values:
+    """Weights and options of every tensor, from settings that may depend on depth and name.
+
+    Args:
+        positions: depth of every tensor within a numbered block, 0 to 1.
+    """
+
+    def __init__(self, recipe: Recipe, method: str, positions: Mapping[str, float]) -> None:
+        known = _AdapterMethod(method, parameters_of(method))
+        common = read_level(recipe.parameters, known, "parameters")
+        levels = {"parameters": common}
+        for i, entry in enumerate(recipe.models or ()):
+            place = f"models[{i}].parameters"
+            levels[place] = read_level(entry.parameters, known, place)
+            for name in levels[place]:
+                if not _PARAMETERS[name].per_model:
+                    raise RecipeError(
+                        f"{place}.{name}: belongs to the whole merge, under parameters"
+                    )
+        for place, level in levels.items():
+            for name in _of_the_whole(method):
+                if name in level and not level[name].is_constant:
+                    raise RecipeError(
+                        f"{place}.{name}: holds for the whole merge, expected a single value"
+                    )
+        own = list(levels.values())[1:]
+        self._recipe, self._method, self._positions = recipe, method, positions
+        self._shared = Lookup(known, [common], per_model=False)
+        self._own = [Lookup(known, [level, common], per_model=True) for level in own]
+
+    @property
+    def is_constant(self) -> bool:
+        return all(lookup.is_constant for lookup in (self._shared, *self._own))
+
+    def __call__(self, tensor: str) -> Settings:
+        depth = self._positions.get(tensor, 0.0)
+        common = self._shared.values(tensor=tensor, position=depth, whose="parameters")
+        own = [
+            lookup.values(tensor=tensor, position=depth, whose=f"models[{i}]")
+            for i, lookup in enumerate(self._own)
+        ]
+        place = "" if self.is_constant else f" in tensor {tensor!r}"
+        weights = _complete("weight", [values["weight"] for values in own], place)
+        densities = _complete("density", [values.get("density") for values in own], place)
+        return self._weights(common, weights, place), _options(self._recipe, common, densities)
+
+    def _weights(
+        self, common: Mapping[str, Any], given: Sequence[float], place: str
+    ) -> tuple[float, ...]:
+        """The adapters' weights, normalised if asked for, times lambda."""
+        count = len(self._own)
+        weights = list(given) or [default_weight(self._method, count)] * count
+        if common["normalize"]:
+            total = sum(weights)
+            if total == 0:
+                raise RecipeError(f"parameters.normalize: the weights sum to 0{place}")
+            weights = [weight / total for weight in weights]
+        return tuple(weight * common["lambda"] for weight in weights)
+
+
+def _complete(what: str, given: Sequence[float | None], place: str) -> list[float]:
+    """Every adapter's value, or nothing if none has one."""
+    found = [value for value in given if value is not None]
+    if found and len(found) < len(given):
+        raise RecipeError(
+            f"models[{given.index(None)}]: has no {what} while others have one{place}"
+        )
+    return found
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class AdapterPlan:
     """A recipe of adapters, checked: what is merged, and how.
@@ -120,6 +213,8 @@ class AdapterPlan:
         folders: the adapters' folders or files, in the order of the recipe.
         weights: what each adapter counts, `normalize` and `lambda` included.
         options: see `MergeOptions`.
+        vary: weights and options by tensor name where they differ, else None; `weights` and
+            `options` are then those of the first tensor.
     """
 
     recipe: Recipe
@@ -129,6 +224,11 @@ class AdapterPlan:
     weights: tuple[float, ...]
     options: MergeOptions
     base: Checkpoint | None
+    vary: Callable[[str], Settings] | None = None
+
+    def settings(self, tensor: str) -> Settings:
+        """Weights and options of one tensor."""
+        return (self.weights, self.options) if self.vary is None else self.vary(tensor)
 
     @property
     def references(self) -> list[str]:
@@ -194,21 +294,31 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     """
     method = _method(recipe.merge_method)
     _refuse_keys(recipe)
-    common, own = _parameters(recipe, method)
-    weights = _weights(method, common, [values.get("weight") for values in own])
-    options = _options(recipe, common, [values.get("density") for values in own])
     folders = tuple(_folder(entry, recipe.folder) for entry in recipe.models or ())
     base = None if recipe.base_model is None else open_checkpoint(recipe.base_model, recipe.folder)
     names = None if base is None else list(base.source.tensors)
     adapters = tuple(load_adapter(folder, names) for folder in folders)
-    checked_weights(adapters, method, weights, options)
+    tensors = dict.fromkeys(t for a in adapters for t in (*a.modules, *a.replacements))
+    layers = infer_layers(tensors if names is None else names)
+    depth = {name: layer.position for name, layer in layers.items() if layer is not None}
+    values = _Values(recipe, method, depth)
+    varying = [next(iter(tensors), "")] if values.is_constant else list(tensors)
+    for tensor in varying:
+        settings = values(tensor)
+        try:
+            checked_weights(adapters, method, *settings)
+        except FusekitError as error:
+            where = "" if values.is_constant else f"tensor {tensor!r}: "
+            raise RecipeError(f"{where}{error}") from None
     for i, adapter in enumerate(adapters):
         if adapter.config.get("use_dora") and base is None:
             raise RecipeError(
                 f"models[{i}]: uses DoRA, whose update depends on the base's weights: "
                 "base_model is missing"
             )
-    return AdapterPlan(recipe, method, folders, adapters, weights, options, base)
+    weights, options = values(varying[0])
+    vary = None if values.is_constant else values
+    return AdapterPlan(recipe, method, folders, adapters, tuple(weights), options, base, vary)
 
 
 def merge_recipe(
@@ -229,7 +339,9 @@ def merge_recipe(
     plan = plan_adapters(recipe)
     base = None if plan.base is None else plan.base.source
     try:
-        merged = merge_adapters(plan.adapters, plan.method, plan.weights, plan.options, base)
+        merged = merge_adapters(
+            plan.adapters, plan.method, plan.weights, plan.options, base, plan.vary
+        )
         write_adapter(merged, out, threads, manifest=_manifest(plan), overwrite=overwrite)
     finally:
         if base is not None:
@@ -266,68 +378,18 @@ def _refuse_keys(recipe: Recipe) -> None:
             raise RecipeError(f"{key}: does not apply to adapters")
 
 
-def _parameters(recipe: Recipe, method: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The checked parameters of the merge, and of every model with the recipe's as defaults."""
-    known = {parameter.name: parameter for parameter in parameters_of(method)}
-    common = dict(_checked(recipe.parameters, known, method, "parameters"))
-    own = []
-    for i, entry in enumerate(recipe.models or ()):
-        place = f"models[{i}].parameters"
-        values = dict(_checked(entry.parameters, known, method, place))
-        for name in values:
-            if not known[name].per_model:
-                raise RecipeError(f"{place}.{name}: belongs to the whole merge, under parameters")
-        own.append({**common, **values})
-    return common, own
-
-
-def _checked(
-    raw: Mapping[str, Any], known: Mapping[str, Parameter], method: str, place: str
-) -> Iterator[tuple[str, Any]]:
-    for name, value in raw.items():
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise RecipeError(
-                f"{place}.{name}: {method} of adapters has no parameter {name!r}{near}"
-            )
-        try:
-            yield name, known[name].check(value)
-        except ValueError as error:
-            raise RecipeError(f"{place}.{name}: found {value!r}, expected {error}") from None
-
-
-def _weights(
-    method: str, common: Mapping[str, Any], given: Sequence[float | None]
-) -> tuple[float, ...]:
-    """The adapters' weights, normalised if asked for, times lambda."""
-    missing = [i for i, weight in enumerate(given) if weight is None]
-    if missing and len(missing) < len(given):
-        raise RecipeError(f"models[{missing[0]}]: has no weight while others have one")
-    weights = [default_weight(method, len(given)) if w is None else w for w in given]
-    if common.get("normalize"):
-        total = sum(weights)
-        if total == 0:
-            raise RecipeError("parameters.normalize: the weights sum to 0")
-        weights = [weight / total for weight in weights]
-    return tuple(weight * common.get("lambda", 1.0) for weight in weights)
-
-
-def _options(
-    recipe: Recipe, common: Mapping[str, Any], densities: Sequence[float | None]
-) -> MergeOptions:
-    given = [density for density in densities if density is not None]
-    if given and len(given) < len(densities):
-        raise RecipeError(f"models[{densities.index(None)}]: has no density while others have one")
+def _options(recipe: Recipe, common: Mapping[str, Any], densities: Sequence[float]) -> MergeOptions:
     lego = {name: value for name, value in common.items() if name in _LEGO_FIELDS}
     plain = {name: value for name, value in common.items() if name in _MERGE_FIELDS}
     return dataclasses.replace(
-        MergeOptions(**{**plain, "density": given or None}),
+        MergeOptions(**{**plain, "density": list(densities) or None}),
         dtype=recipe.out_dtype or recipe.dtype,
         seed=recipe.seed,
         lego=LegoOptions(**lego),
     )
 
 
+_PARAMETERS = {p.name: p for p in (*_COMMON, _DENSITY, _MAJORITY, _SVD, _BASIS, *_LEGO)}
 _LEGO_FIELDS = {field.name for field in dataclasses.fields(LegoOptions)}
 _MERGE_FIELDS = {field.name for field in dataclasses.fields(MergeOptions)}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import typer
 from fusekit.cli.format import size
 
 if TYPE_CHECKING:
+    from fusekit.adapters.merge import Settings
     from fusekit.adapters.recipe import AdapterPlan
     from fusekit.engine.plan import Plan
 
@@ -53,7 +55,7 @@ def show(
 
     loaded = load_recipe(recipe)
     if merges_adapters(loaded):
-        _print_adapters(plan_adapters(loaded), tensors)
+        _print_adapters(plan_adapters(loaded), tensors or explain)
         return
     made = make_plan(loaded, out_shard_size=shard_bytes, stream=stream)
     try:
@@ -93,22 +95,40 @@ def _print_summary(made: Plan) -> None:
 
 def _print_adapters(made: AdapterPlan, modules: bool) -> None:
     print(f"method    {made.method}: adapters are merged into one adapter")
-    densities = made.options.densities(len(made.adapters))
+    settings = [made.settings(name) for name in made.modules]
     for i, nbytes in enumerate(made.input_bytes()):
-        density = "" if made.options.density is None else f", density {densities[i]:g}"
+        span = _span([weights[i] for weights, _ in settings])
         count = len(made.adapters[i].modules)
         print(
             f"input     {made.references[i]}  {size(nbytes)}, {count} modules, "
-            f"weight {made.weights[i]:g}{density}"
+            f"weight {span}{_densities(made, settings, i)}"
         )
-    rank = made.options.rank
+    rank = _span([options.rank for _, options in settings if options.rank])
     print(f"modules   {len(made.modules)} merged" + (f", to rank {rank}" if rank else ""))
     print(f"read      {size(sum(made.input_bytes()))}")
-    for name in made.modules if modules else ():
+    for name, (weights, options) in zip(made.modules, settings, strict=True) if modules else ():
         holders = [
-            r for r, a in zip(made.references, made.adapters, strict=True) if name in a.modules
+            f"{reference} (weight {weight:.4g})"
+            for reference, adapter, weight in zip(
+                made.references, made.adapters, weights, strict=True
+            )
+            if name in adapter.modules
         ]
-        print(f"  {name}  {', '.join(holders)}")
+        to_rank = f"rank {options.rank}  " if options.rank else ""
+        print(f"  {name}  {to_rank}{', '.join(holders)}")
+
+
+def _densities(made: AdapterPlan, settings: list[Settings], adapter: int) -> str:
+    if made.options.density is None:
+        return ""
+    count = len(made.adapters)
+    return f", density {_span([options.densities(count)[adapter] for _, options in settings])}"
+
+
+def _span(values: Sequence[float]) -> str:
+    """One number for all, or the least and the largest."""
+    ends = sorted({f"{value:g}" for value in values}, key=float)
+    return " to ".join(ends if len(ends) < 2 else (ends[0], ends[-1]))
 
 
 def _print_explanation(made: Plan) -> None:

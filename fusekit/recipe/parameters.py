@@ -9,10 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from fusekit.errors import RecipeError, did_you_mean
-from fusekit.methods.base import Method, Parameter
+from fusekit.methods.base import Parameter
+
+
+class HasParameters(Protocol):
+    """What settings are read for: a method of merging models or adapters."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]: ...
+
+    def parameter(self, name: str) -> Parameter | None: ...
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ Level = Mapping[str, Setting]
 """The settings written at one place, by parameter name."""
 
 
-def read_level(raw: Mapping[str, Any], method: Method, place: str) -> dict[str, Setting]:
+def read_level(raw: Mapping[str, Any], method: HasParameters, place: str) -> dict[str, Setting]:
     """Check everything written at one place against the method's parameters.
 
     Args:
@@ -117,7 +129,7 @@ class Lookup:
     Only what can differ from tensor to tensor is looked up for every tensor.
     """
 
-    def __init__(self, method: Method, levels: Sequence[Level], *, per_model: bool) -> None:
+    def __init__(self, method: HasParameters, levels: Sequence[Level], *, per_model: bool) -> None:
         """`levels` from the most to the least specific; `per_model` chooses the parameters."""
         self._method = method
         self._fixed: dict[str, Any] = {}

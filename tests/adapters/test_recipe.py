@@ -108,6 +108,133 @@ def test_models_have_densities_of_their_own(folder):
     assert plan_adapters(load_recipe(recipe)).options.lego.restarts == 4
 
 
+LAYERS = {f"m.layers.{i}.{part}.weight": (9, 7) for i in range(3) for part in ("q", "up")}
+
+
+@pytest.fixture
+def deep(tmp_path):
+    for i in range(2):
+        write_adapter(random_adapter(i, LAYERS, rank=3), tmp_path / f"task{i}")
+    return tmp_path
+
+
+def weight_of_layer(name, values):
+    return values[int(name.split(".")[2])]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ([0.0, 1.0], lambda name: weight_of_layer(name, [0.0, 0.5, 1.0])),
+        ([0.2, 0.4, 1.0], lambda name: weight_of_layer(name, [0.2, 0.4, 1.0])),
+        (
+            [{"filter": ".q.", "value": 0.3}, {"value": 2}],
+            lambda name: 0.3 if ".q." in name else 2,
+        ),
+        (
+            [{"filter": "q", "value": [0.0, 1.0]}, {"filter": "*", "value": -1}],
+            lambda name: weight_of_layer(name, [0.0, 0.5, 1.0]) if ".q." in name else -1,
+        ),
+    ],
+)
+@pytest.mark.parametrize("where", ["model", "all", "lambda"])
+def test_values_may_follow_depth_and_names_as_in_recipes_of_models(deep, setting, expected, where):
+    models, parameters = weighted(deep, setting, 1), {}
+    if where == "all":
+        models, parameters = weighted(deep, setting, setting), {}
+    elif where == "lambda":
+        models, parameters = weighted(deep, 1, 1), {"lambda": setting}
+    fusekit.merge(recipe_of(deep, "cat", *models, parameters=parameters), deep / "out")
+    merged = load_adapter(deep / "out")
+    adapters = [load_adapter(deep / f"task{i}") for i in range(2)]
+    for name in LAYERS:
+        weights = expected(name), 1.0 if where == "model" else expected(name)
+        deltas = [adapter.modules[name].delta() for adapter in adapters]
+        wanted = weights[0] * deltas[0] + weights[1] * deltas[1]
+        np.testing.assert_allclose(merged.modules[name].delta(), wanted, atol=1e-5)
+
+
+def test_the_depth_is_the_base_models_where_it_is_known(deep):
+    base = {f"m.layers.{i}.q.weight": np.ones((9, 7), "f4") for i in range(5)}
+    (deep / "base").mkdir()
+    save_file(base, deep / "base/model.safetensors")
+    models = weighted(deep, [0.0, 1.0], 0)
+    plan = plan_adapters(
+        load_recipe(recipe_of(deep, "cat", *models, base_model=str(deep / "base")))
+    )
+    assert plan.settings("m.layers.2.q.weight")[0] == (0.5, 0.0)
+    alone = plan_adapters(load_recipe(recipe_of(deep, "cat", *models)))
+    assert alone.settings("m.layers.2.q.weight")[0] == (1.0, 0.0)
+
+
+def test_ranks_densities_and_words_may_follow_names(deep):
+    parameters = {
+        "rank": [{"filter": ".q.", "value": 2}, {"value": 1}],
+        "density": [{"filter": ".up.", "value": 1.0}, {"value": 0.5}],
+        "majority_sign_method": [{"filter": ".up.", "value": "frequency"}, {"value": "total"}],
+        "normalize": [{"filter": "layers.0", "value": True}],
+    }
+    models = weighted(deep, 1, 3)
+    recipe = recipe_of(deep, "ties_svd", *models, parameters=parameters, seed=4)
+    fusekit.merge(recipe, deep / "out")
+    merged = load_adapter(deep / "out")
+    adapters = [load_adapter(deep / f"task{i}") for i in range(2)]
+    for name in LAYERS:
+        up = ".up." in name
+        weights = [0.25, 0.75] if "layers.0" in name else [1, 3]
+        options = MergeOptions(
+            rank=1 if up else 2,
+            density=1.0 if up else 0.5,
+            majority_sign_method="frequency" if up else "total",
+            seed=4,
+        )
+        alone = merge_adapters(adapters, "ties_svd", weights, options).modules[name]
+        assert merged.modules[name].rank == options.rank
+        np.testing.assert_array_equal(merged.modules[name].delta(), alone.delta())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_takes_weights_that_follow_depth(method, deep):
+    needs = "density" in {parameter.name for parameter in parameters_of(method)}
+    parameters = {"density": 0.6} if needs else {}
+    models = weighted(deep, [0.5, 1.5], 1)
+    fusekit.merge(recipe_of(deep, method, *models, parameters=parameters), deep / "out")
+    adapters = [load_adapter(deep / f"task{i}") for i in range(2)]
+    options = MergeOptions(density=0.6 if needs else None)
+    for layer, weight in enumerate([0.5, 1.0, 1.5]):
+        expected = merge_adapters(adapters, method, [weight, 1], options)
+        for name in (name for name in LAYERS if f"layers.{layer}." in name):
+            found = load_adapter(deep / "out").modules[name].delta()
+            np.testing.assert_array_equal(found, expected.modules[name].delta())
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters", "message"),
+    [
+        ("knots_ties", {"density": [0.2, 0.8]}, r"parameters\.density: holds for the whole merge"),
+        (
+            "svd",
+            {"parameter_budget": [{"filter": "q", "value": 9}]},
+            r"parameters\.parameter_budget: holds for the whole merge, expected a single value",
+        ),
+        ("svd", {"rank": [1, 2]}, r"parameters\.rank: found \[1, 2\], expected an integer"),
+        ("ties", {"density": [0.5, 1.5]}, r"parameters\.density\[1\]: found 1\.5, expected a numb"),
+        ("ties", {"density": [{"filter": "q", "value": 1}]}, r"'m.*up.*': .* needs a density"),
+        ("cat", {"lambda": [{"filtr": "q", "value": 1}]}, r"unknown key 'filtr' \(did you mean"),
+    ],
+)
+def test_values_that_cannot_differ_or_do_not_fit_are_refused(method, parameters, message, deep):
+    with pytest.raises(FusekitError, match=message):
+        fusekit.merge(recipe_of(deep, method, parameters=parameters), deep / "out")
+    assert not (deep / "out").exists()
+
+
+def test_a_weight_for_some_tensors_alone_is_refused(deep):
+    models = weighted(deep, [{"filter": ".q.", "value": 1}], 1)
+    with pytest.raises(RecipeError, match=r"models\[0\]: has no weight .*in tensor 'm.*up.weight'"):
+        fusekit.merge(recipe_of(deep, "cat", *models), deep / "out")
+
+
 def test_the_output_verifies_and_names_its_inputs(folder):
     fusekit.merge(recipe_of(folder, "cat"), folder / "out")
     assert fusekit.verify(folder / "out").ok
@@ -234,6 +361,12 @@ def test_from_the_command_line(folder):
     assert "4 tensors" in done.stdout
     assert load_adapter(folder / "out").modules["m.q.weight"].rank == 2
     assert command("verify", str(folder / "out"), cwd="/").returncode == 0
+    recipe["models"][0]["parameters"] = {"weight": [{"filter": "q", "value": 0.5}, {"value": 2}]}
+    recipe["models"][1]["parameters"] = {"weight": 1}
+    (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
+    planned = command("plan", str(folder / "recipe.yml"), "--tensors", cwd="/")
+    assert "weight 0.5 to 2, density 0.5" in planned.stdout
+    assert "m.q.weight  rank 2  ./task0 (weight 0.5), ./task1 (weight 1)" in planned.stdout
     recipe["parameters"]["rnk"] = 1
     (folder / "recipe.yml").write_text(yaml.safe_dump(recipe))
     refused = command("merge", str(folder / "recipe.yml"), str(folder / "out2"), cwd="/")
