@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
@@ -143,7 +143,7 @@ class Matcher:
                 if inner is not None
             )
         )
-        if not HEAD_NAMES.search(name) or len(present.shape) != 2:
+        if not is_head(replace(present, name=name)):
             return found
         completed = list(found)
         for i, source in enumerate(sources):
@@ -311,7 +311,7 @@ class Matcher:
 
 
 def head_notes(
-    operands: Operands, checkpoints: Sequence[Checkpoint], written: Sequence[str]
+    operands: Operands, checkpoints: Sequence[Checkpoint], written: Sequence[TensorInfo]
 ) -> list[str]:
     """What becomes of the head where slices take the last layers from other models than the first.
 
@@ -321,7 +321,7 @@ def head_notes(
         RecipeError: the models of the last slice have no head of their own, those of the first do,
             so the output would have none.
     """
-    if any(HEAD_NAMES.search(name) for name in written):
+    if any(is_head(info) for info in written):
         return []
     opened = {checkpoint.reference: checkpoint for checkpoint in checkpoints}
     notes = []
@@ -347,10 +347,16 @@ def head_notes(
     return notes
 
 
+def is_head(info: TensorInfo) -> bool:
+    """Whether a tensor is the matrix of an output head, not its bias."""
+    is_named = HEAD_NAMES.search(info.name) is not None and info.name.endswith(".weight")
+    return is_named and len(info.shape) == 2
+
+
 def _holds_head(checkpoint: Checkpoint) -> bool:
     """Whether a model has an output head that its config does not say is its embedding."""
     return declared_tie(checkpoint.config() or {}) is not True and any(
-        HEAD_NAMES.search(name) for name in checkpoint.source.tensors
+        is_head(info) for info in checkpoint.source.tensors.values()
     )
 
 

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.source import TensorInfo
-from fusekit.engine.matching import Heads, declared_tie
-from fusekit.engine.units import StackedLayers
+from fusekit.engine.matching import Heads, declared_tie, is_head
+from fusekit.engine.units import StackedLayers, Structure
 from fusekit.errors import RecipeError
 from fusekit.tokenizers.config import config_vocab_size, with_vocab_size
-from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES
 
 LAYER_KEYS = (
     "num_hidden_layers",
@@ -51,8 +53,9 @@ _EVERY_NTH = (
 )
 """Keys that say that every so many layers one is of another kind."""
 
-_NOT_PER_LAYER = frozenset(
-    {"architectures", "eos_token_id", "bos_token_id", "pad_token_id", "mrope_section", "depths"}
+_NOT_PER_LAYER = re.compile(
+    r"token|architectures|mrope|conv_|kernel|stride|dilation|hidden_sizes|^out_|image|video"
+    r"|_mean$|_std$|_ids?$|label|task"
 )
 """Lists that may be as long as there are layers without being about layers."""
 
@@ -82,9 +85,9 @@ def output_config(
         return None
     updated = copy.deepcopy(dict(config))
     for stacked in stacks:
-        _set_layers(updated, stacked, models)
+        _set_layers(updated, stacked, reference, models)
     _set_vocabulary(updated, reference, tensors)
-    written = any(HEAD_NAMES.search(info.name) and len(info.shape) == 2 for info in tensors)
+    written = any(is_head(info) for info in tensors)
     if heads.untied or (stacks and written and declared_tie(updated)):
         _set_untied(updated)
     if dtype is not None:
@@ -106,21 +109,26 @@ def part_configs(reference: Checkpoint, dtype: str | None) -> dict[str, bytes]:
 
 
 def _set_layers(
-    config: dict[str, Any], stacked: StackedLayers, models: Mapping[str, Checkpoint]
+    config: dict[str, Any],
+    stacked: StackedLayers,
+    reference: Checkpoint,
+    models: Mapping[str, Checkpoint],
 ) -> None:
     """The layer count, and lists with one entry per layer gathered like the layers."""
-    path = _holder(config, stacked)
+    depth = _depth(stacked, reference)
+    path = _holder(config, stacked.stack, depth)
     if path is None:
         return
     holder = _at(config, path)
     sources = {model: _at(models[model].config() or {}, path) for model, _ in stacked.origins}
+    _refuse_stages(holder, stacked, depth)
     _set_layer_numbers(holder, stacked, sources)
     for key, value in list(holder.items()):
         if (
-            key in _NOT_PER_LAYER
+            _NOT_PER_LAYER.search(key)
             or key in _LAYER_NUMBERS
             or not isinstance(value, list)
-            or len(value) != stacked.depth
+            or len(value) != depth
         ):
             continue
         gathered = []
@@ -129,9 +137,30 @@ def _set_layers(
             same = isinstance(theirs, list) and index < len(theirs)
             gathered.append(theirs[index] if same else value[index % len(value)])
         holder[key] = gathered
-    for key in LAYER_KEYS:
-        if holder.get(key) == stacked.depth and _about(key, stacked.stack):
-            holder[key] = len(stacked.origins)
+    counted = [holder[key] for key in _counts(holder, stacked.stack)]
+    before = depth if depth in counted else counted[0]
+    for part in (config, holder) if _is_language(path) else (holder,):
+        for key in _counts(part, stacked.stack):
+            if part[key] == before:
+                part[key] = len(stacked.origins)
+
+
+def _depth(stacked: StackedLayers, reference: Checkpoint) -> int:
+    """How many layers the reference has in a stack; its config is about them."""
+    layers = infer_layers(reference.source.tensors).values()
+    depths = {layer.stack: layer.depth for layer in layers if layer is not None}
+    return depths.get(stacked.stack, stacked.depth)
+
+
+def _refuse_stages(holder: Mapping[str, Any], stacked: StackedLayers, depth: int) -> None:
+    stages = holder.get("depths")
+    model, _ = stacked.origins[0]
+    whole = stacked.origins == tuple((model, index) for index in range(depth))
+    if isinstance(stages, list) and len(stages) == depth and not whole:
+        raise RecipeError(
+            f"slices: {stacked.stack} of {model} are stages of growing width (depths: {stages} in "
+            "config.json), which cannot be put together in another order"
+        )
 
 
 def _set_layer_numbers(
@@ -178,6 +207,55 @@ def _refuse_order(key: str, stacked: StackedLayers, number: int, why: str) -> No
     )
 
 
+def stack_notes(stacks: Sequence[StackedLayers], structures: Mapping[str, Structure]) -> list[str]:
+    """First layers that hold other tensors than all later ones, and have changed places.
+
+    An architecture expects them in the first layer only (T5's relative positions).
+    """
+    notes = []
+    for stacked in stacks:
+        for number, (model, index) in enumerate(stacked.origins):
+            if (number == 0) == (index == 0):
+                continue
+            structure = structures[model]
+            own = _only_first(structure, stacked.stack)
+            if own and not _says_first(structure.checkpoint):
+                notes.append(
+                    f"layer {number} of the output is layer {index} of {model}, whose first layer "
+                    f"differs from all others in {own[0]!r}; a loader may expect that of the "
+                    "output's first layer, and of no other"
+                )
+                break
+    return notes
+
+
+def _only_first(structure: Structure, stack: str) -> list[str]:
+    """Tensors that only the first block of a stack holds, or only it lacks."""
+    first, *others = [set(block) for block in structure.blocks.get(stack, [{}])]
+    if not others:
+        return []
+    return sorted((first - set().union(*others)) | (set.intersection(*others) - first))
+
+
+def _says_first(checkpoint: Checkpoint) -> bool:
+    """Whether the config says which of the layers are of another kind."""
+    config = checkpoint.config() or {}
+    return any(config.get(key) for key in (*_FIRST_LAYERS, *_LAYER_NUMBERS))
+
+
+def _counts(holder: Mapping[str, Any], stack: str) -> list[str]:
+    """The keys of a config that count the layers of a stack."""
+    both = any(isinstance(holder.get(key), int) for key in ("encoder_layers", "num_encoder_layers"))
+    return [
+        key
+        for key in LAYER_KEYS
+        if isinstance(holder.get(key), int)
+        and _about(key, stack)
+        # Beside a count of each, the plain one repeats that of the encoder.
+        and not (both and key == "num_hidden_layers" and "decoder" in stack)
+    ]
+
+
 def _about(key: str, stack: str) -> bool:
     """Whether a count of decoder (encoder) layers is about this stack."""
     if "decoder" in key:
@@ -187,32 +265,50 @@ def _about(key: str, stack: str) -> bool:
     return True
 
 
-def _holder(config: Mapping[str, Any], stacked: StackedLayers) -> tuple[str, ...] | None:
+def _holder(config: Mapping[str, Any], stack: str, depth: int) -> tuple[str, ...] | None:
     """The path to the (nested) config that counts the layers of a stack.
 
-    Of several towers as deep as the stack, the one whose name the stack's name resembles.
+    Of several, one that says how many the reference has; of these the one whose name the stack's
+    name has in it, or else that of the language model. A single one may count wrongly: models can
+    come with layers that their config leaves out.
     """
-    found: list[tuple[str, ...]] = []
-    for path, part in _parts(config):
-        if any(part.get(key) == stacked.depth and _about(key, stacked.stack) for key in LAYER_KEYS):
-            found.append(path)
-    if not found:
-        return None
-    kin = "vision" if "vis" in stacked.stack else "text"
-    return next((path for path in found if path and kin in path[-1]), found[0])
+    counting = [(path, part) for path, part in _parts(config) if _counts(part, stack)]
+    exact = [
+        path for path, part in counting if any(part[key] == depth for key in _counts(part, stack))
+    ]
+    found = exact or [path for path, _ in counting if len(counting) == 1]
+    named = {path: place for path in found if (place := _resemblance(path, stack)) is not None}
+    if named:
+        return min(named, key=lambda path: named[path])
+    return min(found, key=lambda path: not (path and _is_language(path)), default=None)
+
+
+def _is_language(path: tuple[str, ...]) -> bool:
+    return not path or path[-1] in {"text_config", "llm_config", "language_config"}
+
+
+def _resemblance(path: tuple[str, ...], stack: str) -> int | None:
+    """Which part of a stack's name (`visual.blocks`) begins like a config's (`vision_config`)."""
+    names = stack.split(".")
+    return next((i for i, name in enumerate(names) if path and name[:3] == path[-1][:3]), None)
 
 
 def _parts(config: Mapping[str, Any]) -> list[tuple[tuple[str, ...], Mapping[str, Any]]]:
     parts: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [((), config)]
     for key, value in config.items():
-        if isinstance(value, Mapping) and key.endswith("_config"):
+        if isinstance(value, Mapping) and (
+            key.endswith("_config") or key in {"encoder", "decoder"}
+        ):
             parts += [((key, *path), part) for path, part in _parts(value)]
     return parts
 
 
 def _at(config: Any, path: tuple[str, ...]) -> Any:
+    """The part of a config at a path; empty where another model has none."""
     for key in path:
-        config = config.get(key, {})
+        config = config.get(key)
+        if not isinstance(config, Mapping):
+            return {}
     return config
 
 

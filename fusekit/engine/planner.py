@@ -17,8 +17,9 @@ from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.chat_template import with_chat_template
 from fusekit.engine.matching import Matched, Matcher, head_notes
+from fusekit.engine.measurements import check_statistics
 from fusekit.engine.operands import Operands, choose_operands
-from fusekit.engine.output_config import output_config, part_configs
+from fusekit.engine.output_config import output_config, part_configs, stack_notes
 from fusekit.engine.plan import Kind, Plan, PlannedTensor
 from fusekit.engine.stages import planned_checkpoint
 from fusekit.engine.tasks import side_file
@@ -122,7 +123,7 @@ def plan_checkpoints(
             group = groups[tensor.info.name]
             sizes[group] = sizes.get(group, 0) + tensor.info.size
 
-    values = ParameterValues(method)
+    values = ParameterValues(method, recipe.folder)
     planned = [
         _planned(
             recipe,
@@ -167,7 +168,8 @@ def plan_checkpoints(
                     *operands.notes,
                     *vocabulary.notes,
                     *matcher.notes(),
-                    *head_notes(operands, opened, [tensor.info.name for tensor in matched]),
+                    *head_notes(operands, opened, [tensor.info for tensor in matched]),
+                    *stack_notes(stacks, structures),
                 ]
             )
         ),

@@ -75,6 +75,11 @@ class Structure:
                 members[layer.rank][within_block(name, layer)] = name
         return stacks
 
+    def is_dense(self, stack: str) -> bool:
+        """Whether the numbers of a stack's blocks have no gaps."""
+        last = max(layer.index for layer in self.layers.values() if layer and layer.stack == stack)
+        return last == len(self.blocks[stack]) - 1
+
     def stack_elements(self, names: Sequence[str]) -> dict[str, int]:
         """Elements in every stack, counting only the named tensors."""
         counts: dict[str, int] = {}
@@ -133,35 +138,55 @@ def _members(module: str | None, modules: Sequence[str | None], structure: Struc
     """The tensors of a model that belong to a module; `default` gets what no other does."""
     if module is None:
         return structure.names
-    named = {other: _pattern(other) for other in modules if other not in {None, "default"}}
-    if module != "default":
-        found = [name for name in structure.names if named[module].search(name)]
-        if not found:
-            heads = dict.fromkeys(part for name in structure.names for part in name.split(".")[:2])
-            raise RecipeError(
-                f"modules.{module}: no tensor of {structure.checkpoint.reference} has this in its "
-                f"name{did_you_mean(module, heads)}"
-            )
-    else:
-        found = [
-            name
-            for name in structure.names
-            if not any(pattern.search(name) for pattern in named.values())
-        ]
-    if "default" not in modules and module == modules[0]:
-        for name in structure.names:
-            if not any(pattern.search(name) for pattern in named.values()):
-                raise RecipeError(
-                    f"modules: tensor {name!r} of {structure.checkpoint.reference} belongs to none "
-                    "of them; add a module 'default' for all that is left"
-                )
+    owners = _owners([each for each in modules if each is not None], structure)
+    found = [name for name, owner in owners.items() if owner == module]
+    model = structure.checkpoint.reference
+    if not found and module != "default":
+        heads = dict.fromkeys(part for name in structure.names for part in name.split(".")[:2])
+        raise RecipeError(
+            f"modules.{module}: no tensor of {model} has this in its name"
+            f"{did_you_mean(module, heads)}"
+        )
+    left = next((name for name, owner in owners.items() if owner is None), None)
+    if left is not None:
+        raise RecipeError(
+            f"modules: tensor {left!r} of {model} belongs to none of them; add a module 'default' "
+            "for all that is left"
+        )
     return found
 
 
-def _pattern(module: str | None) -> re.Pattern[str]:
-    assert module is not None
-    alternatives = "|".join(map(re.escape, _MODULE_NAMES.get(module, (module,))))
-    return re.compile(rf"(^|[./])({alternatives})[./]")
+def _owners(modules: Sequence[str], structure: Structure) -> dict[str, str | None]:
+    """The module of every tensor of a model.
+
+    Of two modules in a tensor's name the outer one has it, unless the other lies inside of that
+    with all of its tensors (`visual.merger` in `visual`). A language model without a name of its
+    own is what is left.
+    """
+    starts = {module: _starts(module, structure.names) for module in modules}
+    rest = "default" if "default" in modules else None
+    if rest is None and "text_decoder" in modules and not starts["text_decoder"]:
+        rest = "text_decoder"
+    owners: dict[str, str | None] = {}
+    for name in structure.names:
+        holders = [module for module in modules if name in starts[module]]
+        inner = [
+            module
+            for module in holders
+            if not any(starts[other].keys() < starts[module].keys() for other in holders)
+        ]
+        owners[name] = min(inner, key=lambda module: starts[module][name], default=rest)
+    return owners
+
+
+def _starts(module: str, names: Sequence[str]) -> dict[str, int]:
+    """The tensors with a module in their name, in its first spelling that occurs, and where."""
+    for spelling in _MODULE_NAMES.get(module, (module,)):
+        pattern = re.compile(rf"(^|[./]){re.escape(spelling)}[./]")
+        found = {name: match.start() for name in names if (match := pattern.search(name))}
+        if found:
+            return found
+    return {}
 
 
 class _Stacked:
@@ -187,6 +212,8 @@ class _Stacked:
         counts = self._structures[model].stack_elements(self._names[model])
         total = sum(counts.values())
         large = [stack for stack, count in counts.items() if count >= _MINOR_STACK * total]
+        if len(large) > 1:  # a projector's linear layers have gaps where its activations are
+            large = [each for each in large if self._structures[model].is_dense(each)] or large
         if len(large) != 1:
             place = f"modules.{self._section.module}." if self._section.module else ""
             found = f"several stacks of layers ({', '.join(large)})" if large else "no layers"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,11 @@ DECODERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiConfig", "PhiForCausalLM", {**SMALL, "num_key_value_heads": 2}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", SMALL),
     "deepseek": ("DeepseekV2Config", "DeepseekV2ForCausalLM", DEEPSEEK),
+    "deepseek v3": (
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {**DEEPSEEK, "q_lora_rank": 8, "first_k_dense_replace": 0, "head_dim": 4},
+    ),
     "gpt2": ("GPT2Config", "GPT2LMHeadModel", GPT2),
     "gpt-neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", ENCODER),
 }
@@ -163,7 +170,7 @@ def test_the_merged_model_is_the_mean_of_the_models(family: str, tmp_path: Path)
         torch.testing.assert_close(merged[name], (first + second) / 2, msg=name)
 
 
-@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("family", [*DECODERS, "bert", "roberta", "vit", "mamba"])
 def test_stacked_layers_load_with_the_new_depth(family: str, tmp_path: Path) -> None:
     model = saved(tmp_path / "a", family, 0)
     ranges = [[0, 2], [1, 2]]
@@ -181,8 +188,49 @@ def test_stacked_layers_load_with_the_new_depth(family: str, tmp_path: Path) -> 
     for name in deep_state:
         source = name.replace(".2.", ".1.", 1) if ".2." in name else name
         assert torch.equal(deep_state[name], state[source]), name
-    ids = torch.tensor([[1, 5, 6]])
-    assert torch.isfinite(deeper(input_ids=ids).logits).all()
+    given = {"input_ids": torch.tensor([[1, 5, 6]])}
+    if family == "vit":
+        given = {"pixel_values": torch.zeros(1, 3, 8, 8)}
+    assert torch.isfinite(deeper(**given).logits).all()
+
+
+TOWERS = [
+    ("t5", "encoder", "num_layers"),
+    ("t5", "decoder", "num_decoder_layers"),
+    ("whisper", "encoder", "encoder_layers"),
+    ("whisper", "decoder", "decoder_layers"),
+    ("clip", "text_model", "text_config.num_hidden_layers"),
+    ("clip", "vision_model", "vision_config.num_hidden_layers"),
+    ("llava", "vision_tower", "vision_config.num_hidden_layers"),
+]
+
+
+@pytest.mark.parametrize(("family", "tower", "key"), TOWERS)
+def test_one_tower_is_stacked_and_only_its_count_changes(
+    family: str, tower: str, key: str, tmp_path: Path
+) -> None:
+    model = saved(tmp_path / "a", family, 0)
+    a = {"model": str(tmp_path / "a")}
+    ranges = ([0, 2], [1, 2], [1, 2])
+    slices = [{"sources": [{**a, "layer_range": layers}]} for layers in ranges]
+    modules = {tower: {"slices": slices}, "default": {"models": [a]}}
+    fusekit.merge({"merge_method": "passthrough", "modules": modules}, tmp_path / "out", threads=2)
+    merged = load(tmp_path / "out", model)
+    configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("a", "out")]
+    before, after = map(flat, configs)
+    assert after == {**before, key: 4}
+    state, own = merged.state_dict(), model.state_dict()
+    for name, values in state.items():
+        source = re.sub(rf"({tower}\.(?:\D*\.)?)[23]\.", r"\g<1>1.", name, count=1)
+        assert torch.equal(values, own[source]), name
+
+
+def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return found
 
 
 def test_per_layer_settings_follow_their_layers(tmp_path: Path) -> None:

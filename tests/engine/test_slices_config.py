@@ -111,3 +111,129 @@ def test_an_overridden_architecture_is_said_to_have_no_effect(tmp_path: Path) ->
         plan = fusekit.plan({**recipe, "parameters": {"weight": 1.0}})
         assert any("override_architecture has no effect" in text for text in plan.warnings) == told
         plan.close()
+
+
+# -- which count, of which tower ------------------------------------------------------------------
+
+
+def test_the_count_follows_where_the_base_is_deeper_than_the_models(tmp_path: Path) -> None:
+    config = {"num_hidden_layers": 6, "layer_types": [f"base {i}" for i in range(6)]}
+    write_model(tmp_path / "base", tensors(0.0, layers=6), config)
+    a = listed(tmp_path, "a", layer_types=[f"a {i}" for i in range(4)])
+    recipe = passthrough((a, 0, 3), (a, 2, 4))
+    _, config, _ = merge(tmp_path, base_model=str(tmp_path / "base"), **recipe)
+    assert config["num_hidden_layers"] == 5
+    assert config["layer_types"] == ["a 0", "a 1", "a 2", "a 2", "a 3"]
+
+
+def test_a_count_that_leaves_layers_out_is_set_all_the_same(tmp_path: Path) -> None:
+    write_model(tmp_path / "a", tensors(1.0, layers=4), {"num_hidden_layers": 3})  # one to predict
+    _, config, _ = merge(tmp_path, **passthrough((str(tmp_path / "a"), 0, 2)))
+    assert config["num_hidden_layers"] == 2
+
+
+def tower_recipe(folder: Path, tower: str, *others: str, **config: Any) -> dict[str, Any]:
+    """One of two towers, each of two layers, cut to its second half and put behind itself."""
+    made = {
+        f"{name}.{i}.w": np.full(4, i, np.float32) for name in (tower, *others) for i in range(2)
+    }
+    write_model(folder / "a", made, config)
+    a = {"model": str(folder / "a")}
+    ranges = ([0, 2], [1, 2])
+    slices = [{"sources": [{**a, "layer_range": layers}]} for layers in ranges]
+    module = tower.partition(".")[0]
+    modules = {other.partition(".")[0]: {"models": [a]} for other in others}
+    return {"merge_method": "passthrough", "modules": {module: {"slices": slices}, **modules}}
+
+
+@pytest.mark.parametrize("tower", ["vision", "text", "audio"])
+def test_of_several_towers_the_one_that_is_stacked_is_counted(tmp_path: Path, tower: str) -> None:
+    names = ["vision_tower.layers", "text_model.layers", "audio_tower.layers"]
+    own = next(name for name in names if name.startswith(tower))
+    counts = {f"{name.partition('_')[0]}_config": {"num_hidden_layers": 2} for name in names}
+    others = [name for name in names if name != own]
+    _, config, _ = merge(tmp_path, **tower_recipe(tmp_path, own, *others, **counts))
+    counts[f"{tower}_config"] = {"num_hidden_layers": 3}
+    assert config == counts
+
+
+@pytest.mark.parametrize("tower", ["encoder", "decoder"])
+def test_two_whole_models_in_one_are_counted_apart(tmp_path: Path, tower: str) -> None:
+    names = ["encoder.encoder.layer", "decoder.bert.encoder.layer"]
+    own, other = names if tower == "encoder" else reversed(names)
+    counts = {"encoder": {"num_hidden_layers": 2}, "decoder": {"num_hidden_layers": 2}}
+    _, config, _ = merge(tmp_path, **tower_recipe(tmp_path, own, other, **counts))
+    assert config == {**counts, tower: {"num_hidden_layers": 3}}
+
+
+@pytest.mark.parametrize(("tower", "changed"), [("encoder", 2), ("decoder", 1)])
+def test_a_plain_count_beside_both_is_that_of_the_encoder(
+    tmp_path: Path, tower: str, changed: int
+) -> None:
+    counts = {"encoder_layers": 2, "decoder_layers": 2, "num_hidden_layers": 2}
+    other = "encoder" if tower == "decoder" else "decoder"
+    recipe = tower_recipe(tmp_path, f"{tower}.layers", f"{other}.layers", **counts)
+    _, config, _ = merge(tmp_path, **recipe)
+    assert config[f"{tower}_layers"] == 3
+    assert config[f"{other}_layers"] == 2
+    assert sum(value == 3 for value in config.values()) == changed
+
+
+def test_a_count_that_is_repeated_for_the_whole_model_is_set_twice(tmp_path: Path) -> None:
+    counts = {"num_hidden_layers": 2, "text_config": {"num_hidden_layers": 2}}
+    recipe = tower_recipe(tmp_path, "language_model.layers", "visual.blocks", **counts)
+    _, config, _ = merge(tmp_path, **recipe)
+    assert config == {"num_hidden_layers": 3, "text_config": {"num_hidden_layers": 3}}
+
+
+@pytest.mark.parametrize(
+    "key", ["begin_suppress_tokens", "conv_dim", "out_indices", "image_mean", "mrope_section"]
+)
+def test_lists_of_other_things_are_kept_however_long(tmp_path: Path, key: str) -> None:
+    a = listed(tmp_path, "a", **{key: [5, 6, 7, 8]})
+    _, config, _ = merge(tmp_path, **passthrough((a, 0, 4), (a, 2, 4)))
+    assert config[key] == [5, 6, 7, 8]
+
+
+def test_stages_of_growing_width_are_not_stacked(tmp_path: Path) -> None:
+    a = listed(tmp_path, "a", depths=[1, 1, 2, 1])
+    with pytest.raises(RecipeError, match=r"stages of growing width \(depths: \[1, 1, 2, 1\]"):
+        fusekit.plan(passthrough((a, 0, 2), (a, 1, 4)))
+    assert merge(tmp_path, **passthrough((a, 0, 4)))[1]["depths"] == [1, 1, 2, 1]
+
+
+def test_a_first_layer_unlike_the_others_that_moves_is_told(tmp_path: Path) -> None:
+    own = tensors(1.0, layers=3)
+    own["model.layers.0.bias_table"] = np.ones(2, np.float32)
+    write_model(tmp_path / "a", own, {"num_hidden_layers": 3})
+    a = str(tmp_path / "a")
+    for ranges, layer, index in (([(1, 3)], 0, 1), ([(0, 2), (0, 1)], 2, 0)):
+        (warning,) = merge(tmp_path, **passthrough(*((a, *each) for each in ranges)))[2]
+        assert warning.startswith(f"layer {layer} of the output is layer {index} of {a}, whose")
+        assert "'bias_table'" in warning
+    assert merge(tmp_path, **passthrough((a, 0, 3), (a, 1, 3)))[2] == []
+
+
+# -- modules within modules -----------------------------------------------------------------------
+
+
+def chosen(folder: Path, names: list[str], *modules: str) -> dict[str, int]:
+    """Which of the modules' models (0, 1, ...) every tensor comes from."""
+    made = {}
+    for i, module in enumerate(modules):
+        write_model(folder / str(i), {name: np.full(2, i, np.float32) for name in names}, {})
+        made[module] = {"models": [{"model": str(folder / str(i))}]}
+    merged, _, _ = merge(folder, merge_method="passthrough", modules=made)
+    return {name: int(values[0]) for name, values in merged.items()}
+
+
+def test_a_module_inside_of_another_has_its_tensors(tmp_path: Path) -> None:
+    names = ["visual.blocks.0.w", "visual.merger.w", "model.layers.0.w"]
+    found = chosen(tmp_path, names, "vision_tower", "multi_modal_projector", "text_decoder")
+    assert list(found.values()) == [0, 1, 2]
+
+
+def test_the_outer_of_two_modules_in_a_name_has_the_tensor(tmp_path: Path) -> None:
+    names = ["encoder.layer.0.w", "decoder.bert.encoder.layer.0.w", "head.w"]
+    found = chosen(tmp_path, names, "encoder", "decoder", "default")
+    assert list(found.values()) == [0, 1, 2]
