@@ -51,10 +51,10 @@ class Statistics:
         """All entries."""
         return list(self._file.tensors)
 
-    def require(self, name: str, model: str, tensor: str) -> None:
-        """Refuse a file that lacks an entry, naming the module it should be about."""
+    def require(self, name: str, model: str, tensor: str) -> tuple[int, ...]:
+        """The shape of an entry; a file that lacks it is refused, naming the module."""
         if name in self._file.tensors:
-            return
+            return self._file.tensors[name].shape
         owner, _, kind = name.rpartition("/")
         measured = sorted({entry.rpartition("/")[2] for entry in self._file.tensors})
         raise CheckpointError(

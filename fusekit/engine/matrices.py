@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fusekit.checkpoint.statistics import Statistics
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
+from fusekit.engine.measurements import Measurements
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
 from fusekit.methods.base import Measured
@@ -75,7 +75,7 @@ class _Loaded:
     planned: PlannedTensor
     base: Array | None
     rows: list[Array]
-    statistics: list[Array]
+    statistics: list[tuple[Array, float]]
 
 
 class WholeTensors:
@@ -90,13 +90,11 @@ class WholeTensors:
         self._reading = Workspace(BLOCK_ELEMENTS)
         self._writing = Workspace(BLOCK_ELEMENTS)
         self._nonfinite: list[NonFinite] = []
-        self._statistics = open_statistics(plan)
-        self._norms = [statistics.norm(_statistic_names(plan)) for statistics in self._statistics]
+        self._measurements = Measurements(plan)
 
     def close(self) -> None:
         """Close the files of statistics."""
-        for statistics in self._statistics:
-            statistics.close()
+        self._measurements.close()
 
     def run(
         self,
@@ -128,9 +126,7 @@ class WholeTensors:
         if base is not None:
             for row in rows:
                 np.subtract(row, base, out=row)
-        name = planned.method.statistic
-        measured = [s.read(name(planned.tensor)) for s in self._statistics] if name else []
-        return _Loaded(planned, base, rows, measured)
+        return _Loaded(planned, base, rows, self._measurements.of(planned))
 
     def _operand(self, planned: PlannedTensor, index: int) -> Array:
         ref = planned.operand(index)
@@ -159,7 +155,7 @@ class WholeTensors:
         rows = [torch.from_numpy(r.reshape(planned.shape)).to(self._device) for r in loaded.rows]
         measured = [
             Measured(torch.from_numpy(values).to(self._device), norm)
-            for values, norm in zip(loaded.statistics, self._norms, strict=True)
+            for values, norm in loaded.statistics
         ]
         try:
             with torch.no_grad():
@@ -218,32 +214,3 @@ def _torch_threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _statistic_names(plan: Plan) -> list[str]:
-    return [p.method.statistic(p.tensor) for p in plan.tensors if p.is_whole and p.method.statistic]
-
-
-def open_statistics(plan: Plan) -> list[Statistics]:
-    """Every model's file of statistics, checked to hold what the method needs of it.
-
-    Raises:
-        CheckpointError: a file cannot be read, or lacks the statistic of a module it must hold.
-    """
-    whole = [p for p in plan.tensors if p.is_whole and p.method.statistic is not None]
-    if not whole:
-        return []
-    opened: list[Statistics] = []
-    try:
-        for place, path in enumerate(whole[0].tensor.each("statistics")):
-            statistics = Statistics(path)
-            opened.append(statistics)
-            model = plan.checkpoints[whole[0].models[place].source].reference
-            for planned in whole:
-                assert planned.method.statistic is not None
-                statistics.require(planned.method.statistic(planned.tensor), model, planned.name)
-    except BaseException:
-        for statistics in opened:
-            statistics.close()
-        raise
-    return opened

@@ -138,7 +138,7 @@ def plan_checkpoints(
         for tensor in matched
     ]
     reference = next(i for i, c in enumerate(opened) if c.reference == operands.reference)
-    return Plan(
+    made = Plan(
         tensors=tuple(planned),
         checkpoints=tuple(opened),
         layout=lay_out(
@@ -174,6 +174,8 @@ def plan_checkpoints(
             )
         ),
     )
+    check_statistics(made)
+    return made
 
 
 def _files(

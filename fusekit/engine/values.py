@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fusekit.engine.matching import Matched
@@ -31,8 +32,11 @@ class ParameterValues:
     others go by the output's name: slice, module, recipe. The method's default comes last.
     """
 
-    def __init__(self, method: Method) -> None:
+    def __init__(self, method: Method, folder: Path | None = None) -> None:
+        """Paths are looked up from the working directory, then from `folder`, the recipe's."""
         self._method = method
+        self._folder = folder
+        self._paths = [p.name for p in method.parameters if p.kind == "path"]
         self._slices: dict[int, _SliceLookup] = {}
 
     def of(self, matched: Matched) -> tuple[Values, tuple[Values, ...]]:
@@ -53,12 +57,24 @@ class ParameterValues:
             whose="recipe",
         )
         each = tuple(
-            lookup.models[i].values(tensor=name, position=matched.position, whose=lookup.places[i])
+            self._located(
+                lookup.models[i].values(
+                    tensor=name, position=matched.position, whose=lookup.places[i]
+                )
+            )
             for i, name in zip(matched.kept, matched.names, strict=True)
         )
         if complete:
             lookup.once = shared, each
         return shared, each
+
+    def _located(self, values: Values) -> Values:
+        """Values whose paths mean the same from anywhere."""
+        for name in self._paths:
+            path = values.get(name)
+            if path is not None and self._folder is not None and not Path(path).exists():
+                values[name] = str(self._folder / path)
+        return values
 
     def _lookup(self, part: Slice) -> _SliceLookup:
         shared = Lookup(self._method, part.levels, per_model=False)

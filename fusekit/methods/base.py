@@ -40,11 +40,12 @@ class Parameter:
     """One parameter of a method, as users write it.
 
     A `per_model` parameter is looked up for every model; one that is not, once per tensor.
-    `aliases` maps other accepted spellings (such as true/false) to values.
+    `aliases` maps other accepted spellings (such as true/false) to values. A `path` is a text that
+    is looked up from the working directory and the recipe's folder.
     """
 
     name: str
-    kind: Literal["float", "int", "bool", "choice", "text"]
+    kind: Literal["float", "int", "bool", "choice", "text", "path"]
     help: str
     default: Any = REQUIRED
     per_model: bool = False
@@ -73,7 +74,7 @@ class Parameter:
             if value not in self.choices:
                 raise ValueError(" or ".join(map(repr, (*self.choices, *self.aliases))))
             return value
-        if self.kind == "text":
+        if self.kind in {"text", "path"}:
             if not isinstance(value, str):
                 raise ValueError("a text")
             return value
@@ -101,8 +102,8 @@ class Parameter:
 
     def describe_range(self) -> str:
         """The accepted values in words: `a number in [0, 1]`."""
-        if self.kind in {"bool", "choice", "text"}:
-            return {"bool": "true or false", "text": "text"}.get(
+        if self.kind in {"bool", "choice", "text", "path"}:
+            return {"bool": "true or false", "text": "text", "path": "path"}.get(
                 self.kind, " | ".join(map(_spelt, (*self.aliases, *self.choices)))
             )
         noun = "an integer" if self.kind == "int" else "a number"
@@ -354,3 +355,5 @@ class Method:
 
     def parameter(self, name: str) -> Parameter | None:
         return next((p for p in self.parameters if p.name == name), None)
+    statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
+    """The shapes that entry may have."""

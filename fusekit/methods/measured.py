@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from fusekit.errors import RecipeError
+from fusekit.errors import CheckpointError, RecipeError
 from fusekit.methods import matrix
 from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
 from fusekit.methods.combines import linear
@@ -32,6 +32,11 @@ def _average(tensor: Tensor) -> Generator[Summary, Any, Combine]:
 
 def _fisher(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
     rule = {"target": "favour_target", "all": "all", "add": "add"}[tensor["floor_rule"]]
+    for path, own in zip(tensor.each("statistics"), measured, strict=True):
+        if bool((own.value < 0).any()):
+            raise CheckpointError(
+                f"{path}: the fisher of {tensor.name!r} has negative values, expected squares"
+            )
     norms = [own.norm for own in measured]
     factors = matrix.fisher.coefficients(
         _shares(tensor), norms, rule, tensor["floor"], tensor["normalize"]
@@ -45,11 +50,6 @@ def _fisher(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]
 def _regmean(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
     inputs = measured[0].value.shape[0]
     transposed = tensor.shape[1] != inputs
-    if inputs not in tensor.shape:
-        raise RecipeError(
-            f"statistics: the gram of {tensor.name!r} is for {inputs} inputs, the tensor has shape "
-            f"{list(tensor.shape)}"
-        )
     merged: torch.Tensor = matrix.regmean.merge(
         models,
         [own.value for own in measured],
@@ -66,7 +66,7 @@ def _module(tensor: Tensor) -> str:
 
 _STATISTICS = Parameter(
     "statistics",
-    "text",
+    "path",
     "The model's file of statistics, as fusekit calibrate writes it.",
     per_model=True,
 )
@@ -115,6 +115,7 @@ METHODS = (
         matrix=_fisher,
         others="average by the weights",
         statistic=lambda tensor: f"{tensor.name}/fisher",
+        statistic_shapes=lambda tensor: (tensor.shape,),
         passes="one, whole tensors, with the statistics",
         use_when="Models whose data can be run once through them: fusekit calibrate MODEL DATA.",
         caveats=(
@@ -156,6 +157,9 @@ METHODS = (
         matrix=_regmean,
         others="average by the weights",
         statistic=lambda tensor: f"{_module(tensor)}/gram",
+        statistic_shapes=lambda tensor: tuple(
+            (inputs, inputs) for inputs in dict.fromkeys(reversed(tensor.shape))
+        ),
         passes="one, whole matrices, with the statistics",
         use_when="A few hundred unlabelled inputs per model are at hand, or their Gram matrices.",
         caveats="Inputs that no data reached are averaged. Set scale near 0.6 for text models.",

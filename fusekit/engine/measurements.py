@@ -1,0 +1,83 @@
+"""The files of statistics a plan draws on: checked while planning, read while merging."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from fusekit.checkpoint.statistics import Statistics
+from fusekit.engine.plan import Plan, PlannedTensor
+from fusekit.errors import CheckpointError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class Measurements:
+    """Every model's statistics of the tensors that a plan merges as a whole.
+
+    Raises:
+        CheckpointError: a file cannot be read, or lacks the statistic of a module, or holds it in
+            another shape.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._files: dict[str, Statistics] = {}
+        self._names: dict[str, list[str]] = {}
+        self._norms: dict[str, float] = {}
+        try:
+            for planned in plan.tensors:
+                if planned.is_whole and planned.method.statistic is not None:
+                    self._check(plan, planned, planned.method.statistic(planned.tensor))
+        except BaseException:
+            self.close()
+            raise
+
+    def of(self, planned: PlannedTensor) -> list[tuple[Array, float]]:
+        """By model, the statistic of a tensor and the norm of all that the merge takes of it."""
+        if planned.method.statistic is None:
+            return []
+        name = planned.method.statistic(planned.tensor)
+        paths = planned.tensor.each("statistics")
+        return [(self._files[path].read(name), self._norm(path)) for path in paths]
+
+    def close(self) -> None:
+        """Close the files."""
+        for file in self._files.values():
+            file.close()
+
+    def _check(self, plan: Plan, planned: PlannedTensor, name: str) -> None:
+        shapes = planned.method.statistic_shapes
+        expected = None if shapes is None else shapes(planned.tensor)
+        for path, ref in zip(planned.tensor.each("statistics"), planned.models, strict=True):
+            if path not in self._files:
+                self._files[path] = Statistics(path)
+            model = plan.checkpoints[ref.source].reference
+            shape = self._files[path].require(name, model, planned.name)
+            if expected is not None and shape not in expected:
+                raise CheckpointError(
+                    f"{path}: {name!r} has shape {list(shape)}, expected {_either(expected)} for "
+                    f"tensor {planned.name!r} of {model}, of shape {list(planned.shape)}"
+                )
+            self._names.setdefault(path, []).append(name)
+
+    def _norm(self, path: str) -> float:
+        if path not in self._norms:
+            self._norms[path] = self._files[path].norm(self._names[path])
+        return self._norms[path]
+
+
+def _either(shapes: Iterable[tuple[int, ...]]) -> str:
+    return " or ".join(str(list(shape)) for shape in shapes)
+
+
+def check_statistics(plan: Plan) -> None:
+    """Refuse a plan whose statistics are missing or do not fit, from the files' headers alone.
+
+    Raises:
+        CheckpointError: as `Measurements`.
+    """
+    with contextlib.closing(Measurements(plan)):
+        pass
