@@ -17,7 +17,10 @@ def run(
         str, typer.Argument(help="A built-in suite (digits) or a YAML file.", show_default=False)
     ],
     methods: Annotated[
-        str, typer.Option(help="Comma-separated names, or all that need no data.")
+        str,
+        typer.Option(
+            help="Comma-separated names; mergebench and scale are sets; all that need no data."
+        ),
     ] = "all",
     out: Annotated[
         Path, typer.Option(help="Folder for results; what is there is not computed again.")
@@ -26,13 +29,17 @@ def run(
         int, typer.Option(min=1, help="Configurations per method on validation data; 1: no tuning.")
     ] = 8,
     seed: Annotated[int, typer.Option(min=0, help="Of random methods, tuning and bootstrap.")] = 0,
+    threads: Annotated[
+        int, typer.Option(min=1, help="Of every merge; on one, CPU seconds are seconds.")
+    ] = 1,
     html: Annotated[
         Path | None, typer.Option("--html", help="Write a report with figures to this file.")
     ] = None,
 ) -> None:
     """Merge SUITE's experts by every method, score every merge, print and save the table."""
-    from fusekit.evaluate.runner import markdown, run_suite
+    from fusekit.evaluate.runner import run_suite
     from fusekit.evaluate.suite import load_suite
+    from fusekit.evaluate.table import summary
 
     if html is not None:
         from fusekit.report.figures import require_plotly
@@ -45,9 +52,10 @@ def run(
         out,
         budget=budget,
         seed=seed,
+        threads=threads,
         on_progress=lambda name: print(name, file=sys.stderr),
     )
-    print(markdown(result), end="")
+    print(summary(result), end="")
     print(f"table: {out / 'results.md'}, {out / 'results.json'}", file=sys.stderr)
     if html is not None:
         from fusekit.report.suite import suite_report

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from fusekit.errors import FusekitError, did_you_mean
 from fusekit.evaluate.suite import Settings, load, load_suite
 
-BUILDERS: Mapping[str, str] = {}
+BUILDERS: Mapping[str, str] = {"vision": "fusekit.evaluate.vision_training:build"}
 """Suites that can be built, by name: `module:function`, a `Builder`, loaded on use."""
 
 ABOUT = "trained.json"

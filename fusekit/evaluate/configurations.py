@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fusekit.methods.base import Method
+from fusekit.methods.base import Method, Tensor
 from fusekit.methods.registry import available, find
 
 REQUIRED_VALUES: Mapping[str, Any] = {"weight": 1.0, "t": 0.5}
@@ -26,8 +26,28 @@ CANDIDATES: Mapping[str, tuple[float, ...]] = {
     "tall_lambda": (0.2, 0.4, 0.6),
     "r": (0.05, 0.1, 0.2, 0.4),
     "common_space_fraction": (0.2, 0.5, 0.8),
+    "scale": (0.1, 0.3, 0.5, 0.7, 0.9, 1.0),
 }
 """Values that tuning may give a parameter of that name."""
+
+
+METHOD_SETS: Mapping[str, tuple[str, ...]] = {
+    "mergebench": (
+        "linear",
+        "task_arithmetic",
+        "ties",
+        "dare_linear",
+        "consensus",
+        "fisher",
+        "regmean",
+        "localize_and_stitch",
+    ),
+    "scale": ("linear", "task_arithmetic", "ties", "dare_ties"),
+}
+"""The methods of a published comparison under one name.
+
+MergeBench: arXiv 2505.10833. What Matters for Model Merging at Scale?: arXiv 2410.03617.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,21 +58,26 @@ class Skipped:
     reason: str
 
 
-def choose_methods(wanted: Sequence[str], models: int) -> tuple[list[Method], list[Skipped]]:
+def choose_methods(
+    wanted: Sequence[str], models: int, calibrates: bool = False
+) -> tuple[list[Method], list[Skipped]]:
     """The methods to run, and those left out.
 
     Args:
-        wanted: names, or `all` for every method that merges this many models without data.
+        wanted: names, of methods or of `METHOD_SETS`; or `all` alone for every method that merges
+            this many models without data.
         models: how many experts the suite has.
+        calibrates: whether the suite can measure what methods that need data ask for.
 
     Raises:
         RecipeError: there is no method of that name.
     """
-    names = list(available()) if list(wanted) == ["all"] else list(dict.fromkeys(wanted))
+    everything = list(wanted) == ["all"]
+    names = list(available()) if everything else _spelt_out(wanted)
     runs: list[Method] = []
     skipped: list[Skipped] = []
     for method in map(find, names):
-        reason = why_not(method, models)
+        reason = why_not(method, models, calibrates and not everything)
         if reason is None:
             runs.append(method)
         else:
@@ -60,11 +85,17 @@ def choose_methods(wanted: Sequence[str], models: int) -> tuple[list[Method], li
     return runs, skipped
 
 
-def why_not(method: Method, models: int) -> str | None:
-    """Why a method cannot merge this many models without data, or None if it can."""
-    unset = [p.name for p in method.parameters if p.required and p.name not in REQUIRED_VALUES]
-    if method.statistic is not None or unset:
-        return f"needs {', '.join(unset) or 'statistics of data'}"
+def _spelt_out(wanted: Sequence[str]) -> list[str]:
+    names = itertools.chain.from_iterable(METHOD_SETS.get(name, (name,)) for name in wanted)
+    return list(dict.fromkeys(names))
+
+
+def why_not(method: Method, models: int, calibrates: bool) -> str | None:
+    """Why a method cannot merge this many models, or None if it can."""
+    given = {*REQUIRED_VALUES, *(["statistics"] if calibrates else [])}
+    unset = [p.name for p in method.parameters if p.required and p.name not in given]
+    if unset:
+        return f"needs {', '.join(unset)}"
     if models < method.min_models or (method.max_models or models) < models:
         return f"does not merge {models} models"
     if method.side is not None:
@@ -74,9 +105,18 @@ def why_not(method: Method, models: int) -> str | None:
     return None
 
 
+def statistic_of(method: Method) -> str | None:
+    """What has to be measured on every expert for a method: `fisher`, `gram`; None for nothing."""
+    if method.statistic is None:
+        return None
+    any_matrix = Tensor("any.weight", (1, 1), 1, 1, None, 1, False, {}, ({},))
+    return method.statistic(any_matrix).rpartition("/")[2]
+
+
 def default_parameters(method: Method) -> dict[str, Any]:
     """The method's own defaults: only what has none is set."""
-    return {p.name: REQUIRED_VALUES[p.name] for p in method.parameters if p.required}
+    known = (p.name for p in method.parameters if p.required and p.name in REQUIRED_VALUES)
+    return {name: REQUIRED_VALUES[name] for name in known}
 
 
 def candidates(method: Method, budget: int, seed: int) -> list[dict[str, Any]]:

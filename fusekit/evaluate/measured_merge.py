@@ -1,35 +1,147 @@
-"""One merge in a process of its own, so that its CPU time and memory are its own.
+"""Merges in processes of their own, so that CPU time and memory are their own.
 
-`python -m fusekit.evaluate.measured_merge RECIPE.json OUT` prints them as JSON.
+Every one is forked from a worker that has the libraries loaded: a merge of small models would
+otherwise be measured by how long Python, Numba and torch take to start.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from fusekit.errors import FusekitError, RecipeError
+
+REHEARSED_SECONDS = 2.0
+"""Merges of less CPU time are done twice and measured the second time, with kernels loaded."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """CPU seconds of a merge, and its memory in bytes at its peak, above that of the libraries."""
+
+    cpu_seconds: float
+    peak_bytes: int
+
+
+class MeasuredMerges:
+    """A worker that merges and measures, started when it is first needed.
+
+    Args:
+        torch: whether to load torch, for methods that merge whole matrices.
+        threads: of every merge; on one, CPU seconds are seconds.
+    """
+
+    def __init__(self, *, torch: bool = False, threads: int | None = 1) -> None:
+        self._command = [sys.executable, "-m", "fusekit.evaluate.measured_merge"]
+        self._command += ["torch"] if torch else []
+        self._threads = threads
+        self._worker: subprocess.Popen[str] | None = None
+
+    def merge(self, recipe: Mapping[str, Any], out: Path) -> Cost:
+        """Merge a recipe into a new folder.
+
+        Raises:
+            FusekitError: what the merge raised, or that its process died.
+        """
+        if self._worker is None:
+            pipe = subprocess.PIPE
+            self._worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
+        assert self._worker.stdin is not None and self._worker.stdout is not None
+        order = {"recipe": dict(recipe), "out": str(out), "threads": self._threads}
+        self._worker.stdin.write(json.dumps(order) + "\n")
+        self._worker.stdin.flush()
+        answer = json.loads(self._worker.stdout.readline() or '{"error": "the worker ended"}')
+        if "error" in answer:
+            raise (RecipeError if answer.get("recipe") else FusekitError)(answer["error"])
+        return Cost(**answer)
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._worker is not None:
+            assert self._worker.stdin is not None and self._worker.stdout is not None
+            self._worker.stdin.close()
+            self._worker.wait()
+            self._worker.stdout.close()
+            self._worker = None
 
 
 def main() -> None:
-    from fusekit.engine.run import merge
-    from fusekit.errors import FusekitError
+    """The worker: an order per line of standard input, an answer per line of standard output."""
+    answers = os.dup(1)
+    os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
+    import fusekit.engine.run
 
-    recipe, out = Path(sys.argv[1]), sys.argv[2]
+    if sys.argv[1:] == ["torch"]:
+        import torch  # noqa: F401
+
+        import fusekit.methods.matrix  # noqa: F401
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(answers, _answer(json.loads(line)))
+            os._exit(0)
+        status = os.waitpid(child, 0)[1]
+        if status != 0:
+            reason = f"the merge's process ended with {os.waitstatus_to_exitcode(status)}"
+            os.write(answers, _line({"error": reason}))
+
+
+def _answer(order: Mapping[str, Any]) -> bytes:
     try:
-        report = merge(json.loads(recipe.read_text(encoding="utf-8")), out, resume=False)
+        cost = _measure(order["recipe"], Path(order["out"]), order["threads"])
     except FusekitError as error:
-        sys.exit(str(error))
-    print(json.dumps({"cpu_seconds": report.cpu_seconds, "peak_bytes": _peak(report.peak_rss)}))
+        return _line({"error": str(error), "recipe": isinstance(error, RecipeError)})
+    return _line(asdict(cost))
 
 
-def _peak(reported: int) -> int:
-    """This program's own peak: what the kernel counts for a process includes its parent's."""
+def _line(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content).encode() + b"\n"
+
+
+def _measure(recipe: Mapping[str, Any], out: Path, threads: int | None) -> Cost:
+    before = _resident_bytes()
+    seconds = _merge(recipe, out, threads)
+    if seconds < REHEARSED_SECONDS:
+        shutil.rmtree(out)
+        seconds = _merge(recipe, out, threads)
+    return Cost(seconds, _peak_bytes() - before)
+
+
+def _merge(recipe: Mapping[str, Any], out: Path, threads: int | None) -> float:
+    from fusekit.engine.run import merge
+
+    began = time.process_time()
+    merge(dict(recipe), out, threads=threads, resume=False)
+    return time.process_time() - began
+
+
+def _resident_bytes() -> int:
+    return _status_bytes("VmRSS") or _peak_bytes()
+
+
+def _peak_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _status_bytes(field: str) -> int:
+    """A field of Linux's account of this process, 0 elsewhere."""
     status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text(encoding="utf-8").splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return reported
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 if __name__ == "__main__":

@@ -2,83 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from fusekit import __version__
-from fusekit.checkpoint.folder import open_checkpoint
-from fusekit.errors import FusekitError, RecipeError
-from fusekit.evaluate.bootstrap import Interval, Resamples, interval, resample
-from fusekit.evaluate.configurations import Skipped, candidates, choose_methods
+from fusekit.errors import FusekitError
+from fusekit.evaluate.bootstrap import Resamples, interval, resample
+from fusekit.evaluate.cells import Cells, Outcomes, Tried, grouped, relative_means, write_whole
+from fusekit.evaluate.configurations import candidates, choose_methods
+from fusekit.evaluate.result import Reference, Row, SuiteResult
 from fusekit.evaluate.scores import relative_score
-from fusekit.evaluate.suite import Suite
+from fusekit.evaluate.suite import Calibrates, Suite
+from fusekit.evaluate.table import markdown
 from fusekit.methods.base import Method
-
-SCHEMA = "fusekit-suite/1"
-
-Outcomes = dict[str, NDArray[Any]]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One configuration of one method.
-
-    Attributes:
-        method, variant: `default` or `tuned`, with the parameters in `parameters`.
-        scores: task -> mean score on the reporting split, forgetting tasks included.
-        normalised: mean over the experts' tasks of score / expert's score, with its interval.
-        difference: to the reference row (the first), paired, with its interval; None for itself.
-        retained: mean over the forgetting tasks of score / base's score; None without such tasks.
-        tried: configurations compared on the tuning split, without those the method refused.
-        tuning_seconds: CPU seconds that took.
-        merge_cpu_seconds, merge_peak_bytes: of the merge alone, in a fresh process.
-    """
-
-    method: str
-    variant: str
-    parameters: Mapping[str, Any]
-    scores: Mapping[str, float]
-    normalised: float
-    normalised_interval: Interval
-    difference: float | None
-    difference_interval: Interval | None
-    retained: float | None
-    tried: int
-    tuning_seconds: float
-    merge_cpu_seconds: float
-    merge_peak_bytes: int
-
-
-@dataclass(frozen=True)
-class SuiteResult:
-    """The table of a suite, and how it came about."""
-
-    suite: str
-    tasks: tuple[str, ...]
-    forgetting: tuple[str, ...]
-    base: Mapping[str, float]
-    experts: Mapping[str, Mapping[str, float]]
-    rows: tuple[Row, ...]
-    skipped: tuple[Skipped, ...]
-    failed: Mapping[str, str]
-    budget: int
-    seed: int
-    resamples: int
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON types only."""
-        return {"schema": SCHEMA, "version": __version__, **asdict(self)}
 
 
 def run_suite(
@@ -89,6 +27,7 @@ def run_suite(
     budget: int = 8,
     seed: int = 0,
     resamples: int = 2000,
+    threads: int | None = 1,
     on_progress: Callable[[str], None] | None = None,
 ) -> SuiteResult:
     """Compare merging methods on a suite.
@@ -100,54 +39,62 @@ def run_suite(
 
     Args:
         suite: what to merge and how to score it.
-        methods: names, or `all` for every method that needs no data.
+        methods: names of methods or of sets (`mergebench`), or `all` that need no data.
         out: folder for results.
         budget: configurations per method, the default included.
         seed: of random methods, of the tuning's draw and of the bootstrap.
         resamples: of the bootstrap.
+        threads: of every merge; None for all processors. On one, CPU seconds are seconds.
         on_progress: called with the name of what is about to be computed.
 
     Raises:
         RecipeError: there is no method of that name.
         FusekitError: no method left to run, or a checkpoint that cannot be scored.
+
+    References:
+        MergeBench: A Benchmark for Merging Domain-Specialized LLMs, arXiv 2505.10833.
+        What Matters for Model Merging at Scale?, arXiv 2410.03617.
     """
-    chosen, skipped = choose_methods(methods, len(suite.experts))
+    calibrates = isinstance(suite.evaluator, Calibrates)
+    chosen, skipped = choose_methods(methods, len(suite.experts), calibrates)
     if not chosen:
         reasons = "; ".join(f"{skip.method} {skip.reason}" for skip in skipped)
         raise FusekitError(f"suite {suite.name!r}: no method to run ({reasons})")
-    cells = _Cells(suite, out, seed, on_progress or (lambda name: None))
-    base = cells.outcomes("base", suite.base)
-    experts = {task: cells.outcomes(task, path) for task, path in suite.experts.items()}
-    own = {task: experts[task][task] for task in suite.tasks}
-    sizes = {task: len(hits) for task, hits in own.items()}
-    drawn = resample(sizes, resamples, seed, suite.shared_examples, suite.average)
-    cells_by_row, failed = _run_methods(cells, chosen, budget)
+    cells = Cells(suite, out, seed, threads, on_progress or (lambda name: None))
+    try:
+        base = cells.outcomes("base", suite.base)
+        experts = {task: cells.outcomes(task, path) for task, path in suite.experts.items()}
+        named = {name: cells.outcomes(name, path) for name, path in suite.references.items()}
+        configurations, failed = _run_methods(cells, chosen, budget)
+    finally:
+        cells.close()
+    yardstick = _yardstick(suite, base, experts, resamples, seed)
     rows: list[Row] = []
-    reference: Outcomes | None = None
-    for found in cells_by_row:
-        rows.append(_row(suite, found, base, own, drawn, reference))
-        reference = reference if reference is not None else found.outcomes
+    for found in configurations:
+        first = configurations[0].outcomes if rows else None
+        rows.append(yardstick.row(found, first))
     result = SuiteResult(
         suite.name,
-        suite.tasks,
+        suite.groups,
         suite.forgetting,
-        suite.means(base),
+        {name: yardstick.reference(each) for name, each in {"base": base, **named}.items()},
         {task: suite.means(outcomes) for task, outcomes in experts.items()},
         tuple(rows),
         tuple(skipped),
         failed,
+        yardstick.dropped,
         budget,
         seed,
         resamples,
     )
-    _write(out / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
-    _write(out / "results.md", markdown(result))
+    write_whole(out / "results.json", json.dumps(result.to_dict(), indent=1) + "\n")
+    write_whole(out / "results.md", markdown(result))
     return result
 
 
 @dataclass(frozen=True)
-class _Cell:
-    """A configuration that was merged and scored on the reporting split."""
+class _Configuration:
+    """A configuration that was merged and scored on the reporting split, and what it took."""
 
     method: str
     variant: str
@@ -155,284 +102,141 @@ class _Cell:
     outcomes: Outcomes
     cpu_seconds: float
     peak_bytes: int
+    measuring_seconds: float
     tried: int = 1
     tuning_seconds: float = 0.0
 
 
 def _run_methods(
-    cells: _Cells, methods: Sequence[Method], budget: int
-) -> tuple[list[_Cell], dict[str, str]]:
-    """Default and tuned cells in the order of the methods; failures by method."""
-    found: list[_Cell] = []
+    cells: Cells, methods: Sequence[Method], budget: int
+) -> tuple[list[_Configuration], dict[str, str]]:
+    """Default and tuned configurations in the order of the methods; failures by method."""
+    found: list[_Configuration] = []
     failed: dict[str, str] = {}
     for method in methods:
         tries = candidates(method, budget, cells.seed)
         try:
-            found.append(cells.reported(method, "default", tries[0], 1, 0.0))
+            found.append(_reported(cells, method, "default", tries[0]))
         except FusekitError as error:
             failed[method.name] = str(error)
             continue
         if len(tries) > 1:
-            accepted = [(each, *score) for each in tries if (score := cells.tuned(method, each))]
-            best = max(accepted, key=lambda tried: tried[1])[0]
-            seconds = sum(tried[2] for tried in accepted)
-            found.append(cells.reported(method, "tuned", best, len(accepted), seconds))
+            found.append(_tuned(cells, method, tries))
     return found, failed
 
 
-class _Cells:
-    """What has been computed, on disk, by the hash of everything it depends on."""
+def _tuned(cells: Cells, method: Method, tries: Sequence[dict[str, Any]]) -> _Configuration:
+    accepted: list[tuple[dict[str, Any], Tried]] = [
+        (each, result) for each in tries if (result := cells.tried(method, each)) is not None
+    ]
+    best = max(accepted, key=lambda tried: tried[1].normalised)[0]
+    seconds = sum(result.cpu_seconds for _, result in accepted)
+    return _reported(cells, method, "tuned", best, len(accepted), seconds)
 
-    def __init__(
-        self, suite: Suite, out: Path, seed: int, on_progress: Callable[[str], None]
-    ) -> None:
-        self.suite = suite
-        self.seed = seed
-        self.folder = out / "cells"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._say = on_progress
-        self._identity = {
-            "version": __version__,
-            "suite": suite.name,
-            "evaluator": suite.evaluator.identity,
-            "tasks": [*suite.tasks, *suite.forgetting],
-            "inputs": [_content_hash(path) for path in (suite.base, *suite.experts.values())],
-        }
-        self._expert_scores: dict[str, float] | None = None
 
-    def outcomes(self, name: str, path: Path) -> Outcomes:
-        """Scores of a given checkpoint on the reporting split, example by example."""
-        key = {"split": self.suite.reporting, "checkpoint": _content_hash(path)}
-        stored = self._remembered(f"scoring {name}", key, lambda: {"scores": self._score(path)})
-        return _arrays(stored["scores"])
+def _reported(
+    cells: Cells,
+    method: Method,
+    variant: str,
+    parameters: Mapping[str, Any],
+    tried: int = 1,
+    tuning_seconds: float = 0.0,
+) -> _Configuration:
+    name = f"{method.name}, {variant}"
+    found = cells.reported(method, name, parameters)
+    return _Configuration(
+        method.name,
+        variant,
+        parameters,
+        found.outcomes,
+        found.cpu_seconds,
+        found.peak_bytes,
+        cells.measuring_seconds(method),
+        tried,
+        tuning_seconds,
+    )
 
-    def reported(
-        self, method: Method, variant: str, parameters: dict[str, Any], tried: int, seconds: float
-    ) -> _Cell:
-        """Merge in a process of its own and score on the reporting split."""
-        recipe = self.recipe(method, parameters)
-        stored = self._remembered(
-            f"{method.name}, {variant}",
-            {"split": self.suite.reporting, **self._merge_key(method, parameters)},
-            lambda: self._report(recipe),
+
+@dataclass(frozen=True)
+class _Yardstick:
+    """What the experts and the base score, by which everything else is measured."""
+
+    suite: Suite
+    own: Outcomes
+    base: Outcomes
+    groups: Mapping[str, Sequence[str]]
+    """The suite's, without datasets whose own expert scores nothing."""
+    kept: Mapping[str, Sequence[str]]
+    """Forgetting datasets on which the base scores something, each a group."""
+    dropped: tuple[str, ...]
+    drawn: Resamples
+
+    def row(self, found: _Configuration, first: Outcomes | None) -> Row:
+        scores, expected = self.suite.means(found.outcomes), self.suite.means(self.own)
+        relative = relative_score(grouped(scores, self.groups), grouped(expected, self.groups))
+        spread = self.drawn.ratios(found.outcomes, self.own, self.groups)
+        difference = difference_interval = retained_interval = None
+        if first is not None:
+            other = relative_means(self.suite.means(first), expected, self.groups)
+            difference = relative.value - other
+            paired = spread - self.drawn.ratios(first, self.own, self.groups)
+            difference_interval = interval(paired)
+        if self.kept:
+            spared = self.drawn.ratios(found.outcomes, self.base, self.kept)
+            retained_interval = interval(spared)
+        return Row(
+            method=found.method,
+            variant=found.variant,
+            parameters=found.parameters,
+            scores=scores,
+            by_task=relative.by_task,
+            normalised=relative.value,
+            normalised_interval=interval(spread),
+            difference=difference,
+            difference_interval=difference_interval,
+            retained=self.retained(scores),
+            retained_interval=retained_interval,
+            tried=found.tried,
+            tuning_seconds=found.tuning_seconds,
+            measuring_seconds=found.measuring_seconds,
+            merge_cpu_seconds=found.cpu_seconds,
+            merge_peak_bytes=found.peak_bytes,
         )
-        return _Cell(
-            method.name,
-            variant,
-            parameters,
-            _arrays(stored["scores"]),
-            stored["cpu_seconds"],
-            stored["peak_bytes"],
-            tried,
-            seconds,
-        )
 
-    def tuned(self, method: Method, parameters: dict[str, Any]) -> tuple[float, float] | None:
-        """Normalised score on the tuning split and the CPU seconds it took.
+    def reference(self, outcomes: Outcomes) -> Reference:
+        scores = self.suite.means(outcomes)
+        normalised = relative_means(scores, self.suite.means(self.own), self.groups)
+        return Reference(scores, normalised, self.retained(scores))
 
-        None for a combination of parameters that the method refuses.
-        """
-        recipe = self.recipe(method, parameters)
-        shown = ", ".join(f"{k} {v:g}" for k, v in parameters.items()) or "defaults"
-        try:
-            stored = self._remembered(
-                f"tuning {method.name}: {shown}",
-                {"split": self.suite.tuning, **self._merge_key(method, parameters)},
-                lambda: self._tune(recipe),
-            )
-        except RecipeError:
+    def retained(self, scores: Mapping[str, float]) -> float | None:
+        if not self.kept:
             return None
-        return stored["normalised"], stored["cpu_seconds"]
-
-    def _merge_key(self, method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        return {"method": method.name, "parameters": dict(parameters), "seed": self.seed}
-
-    def recipe(self, method: Method, parameters: Mapping[str, Any]) -> dict[str, Any]:
-        """The merge of all experts by a method."""
-        experts = [str(path) for path in self.suite.experts.values()]
-        content: dict[str, Any] = {
-            "merge_method": method.name,
-            "models": [{"model": path} for path in experts],
-            "parameters": dict(parameters),
-            "seed": self.seed,
-        }
-        if method.base == "origin":
-            content["base_model"] = str(self.suite.base)
-        return content
-
-    def _report(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as folder:
-            path, merged = Path(folder) / "recipe.json", Path(folder) / "merged"
-            path.write_text(json.dumps(recipe), encoding="utf-8")
-            command = [sys.executable, "-m", "fusekit.evaluate.measured_merge", str(path)]
-            done = subprocess.run([*command, str(merged)], capture_output=True, text=True)
-            if done.returncode != 0:
-                raise FusekitError((done.stderr.strip().splitlines() or ["merge failed"])[-1])
-            return {**json.loads(done.stdout), "scores": self._score(merged)}
-
-    def _tune(self, recipe: Mapping[str, Any]) -> dict[str, Any]:
-        from fusekit.engine.run import merge
-
-        began = time.process_time()
-        with tempfile.TemporaryDirectory() as folder:
-            merged = Path(folder) / "merged"
-            merge(dict(recipe), merged, resume=False)
-            found = self.suite.evaluator(merged, self.suite.tuning, self.suite.tasks)
-        scores, reference = self.suite.means(found), self._experts_when_tuning()
-        value = _relative(scores, reference, self.suite.tasks)
-        return {"normalised": value, "cpu_seconds": time.process_time() - began}
-
-    def _experts_when_tuning(self) -> dict[str, float]:
-        if self._expert_scores is None:
-            suite = self.suite
-            self._expert_scores = {
-                task: suite.means(suite.evaluator(path, suite.tuning, [task]))[task]
-                for task, path in suite.experts.items()
-            }
-        return self._expert_scores
-
-    def _score(self, path: Path) -> dict[str, list[float]]:
-        tasks = [*self.suite.tasks, *self.suite.forgetting]
-        found = self.suite.evaluator(path, self.suite.reporting, tasks)
-        return {task: np.asarray(found[task], dtype=float).tolist() for task in tasks}
-
-    def _remembered(
-        self, name: str, key: Mapping[str, Any], compute: Callable[[], dict[str, Any]]
-    ) -> dict[str, Any]:
-        identity = json.dumps({**self._identity, **key}, sort_keys=True)
-        path = self.folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.json"
-        if path.is_file():
-            stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return stored
-        self._say(name)
-        computed = compute()
-        _write(path, json.dumps(computed))
-        return computed
+        return relative_means(scores, self.suite.means(self.base), self.kept)
 
 
-def _row(
-    suite: Suite,
-    cell: _Cell,
-    base: Outcomes,
-    own: Outcomes,
-    drawn: Resamples,
-    reference: Outcomes | None,
-) -> Row:
-    scores, expected = suite.means(cell.outcomes), suite.means(own)
-    normalised = _relative(scores, expected, suite.tasks)
-    spread = drawn.ratios(cell.outcomes, own)
-    difference = difference_interval = None
-    if reference is not None:
-        difference = normalised - _relative(suite.means(reference), expected, suite.tasks)
-        difference_interval = interval(spread - drawn.ratios(reference, own))
-    return Row(
-        cell.method,
-        cell.variant,
-        cell.parameters,
-        scores,
-        normalised,
-        interval(spread),
-        difference,
-        difference_interval,
-        _relative(scores, suite.means(base), suite.forgetting) if suite.forgetting else None,
-        cell.tried,
-        cell.tuning_seconds,
-        cell.cpu_seconds,
-        cell.peak_bytes,
+def _yardstick(
+    suite: Suite, base: Outcomes, experts: Mapping[str, Outcomes], resamples: int, seed: int
+) -> _Yardstick:
+    own = {name: experts[task][name] for task, names in suite.groups.items() for name in names}
+    scores = suite.means(own)
+    groups = {task: [n for n in names if scores[n] > 0] for task, names in suite.groups.items()}
+    kept = {name: [name] for name, score in suite.means(base).items() if score > 0}
+    sizes = {name: len(each) for name, each in base.items()}
+    dropped = [
+        f"{task}/{name}"
+        for task, names in suite.groups.items()
+        for name in names
+        if name not in groups[task]
+    ]
+    dropped += [f"forgetting/{name}" for name in suite.forgetting if name not in kept]
+    if not any(groups.values()):
+        raise FusekitError(f"suite {suite.name!r}: no expert scores more than 0 on its own task")
+    return _Yardstick(
+        suite,
+        own,
+        {name: base[name] for name in suite.forgetting},
+        {task: names for task, names in groups.items() if names},
+        {name: kept[name] for name in suite.forgetting if name in kept},
+        tuple(dropped),
+        resample(sizes, resamples, seed, suite.shared_examples, suite.average),
     )
-
-
-def _relative(
-    scores: Mapping[str, float], reference: Mapping[str, float], tasks: Sequence[str]
-) -> float:
-    """`relative_score` where every task is one dataset."""
-    return relative_score(
-        {task: {task: scores[task]} for task in tasks},
-        {task: {task: reference[task]} for task in tasks},
-    ).value
-
-
-def markdown(result: SuiteResult) -> str:
-    """The result as a Markdown table: absolute scores in %, the rest as the head says."""
-    shown = [*result.tasks, *result.forgetting]
-    head = ["model", *shown, "normalised [95 %]", "vs first [95 %]", "retained"]
-    head += ["merge CPU s", "peak MB", "tried"]
-    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
-    blank = ["-"] * 6
-    lines.append(_line(["base", *(_percent(result.base[task]) for task in shown), *blank]))
-    own = [_percent(result.experts[task][task]) for task in result.tasks]
-    lines.append(_line(["expert of the task", *own, *["-"] * len(result.forgetting), *blank]))
-    for row in result.rows:
-        cells = [label(row), *(_percent(row.scores[task]) for task in shown)]
-        cells += [_with_interval(row.normalised, row.normalised_interval)]
-        cells += [
-            "-"
-            if row.difference is None or row.difference_interval is None
-            else _with_interval(row.difference, row.difference_interval, "+.3f")
-        ]
-        cells += ["-" if row.retained is None else f"{row.retained:.3f}"]
-        cells += [f"{row.merge_cpu_seconds:.2f}", f"{row.merge_peak_bytes / 1e6:.0f}"]
-        lines.append(_line([*cells, str(row.tried)]))
-    notes = [f"Suite {result.suite}: one model for all {len(result.tasks)} tasks; scores in %."]
-    notes.append(
-        "normalised: mean over tasks of score / expert's score; retained: mean over "
-        f"{', '.join(result.forgetting) or 'no tasks'} of score / base's score. Intervals: paired "
-        f"bootstrap over examples, {result.resamples} resamples. Tuned: best of at most "
-        f"{result.budget} configurations on validation data. Seed {result.seed}. CPU and memory of "
-        "a merge in a fresh process, start-up of kernels included."
-    )
-    notes += [f"Left out: {skip.method} ({skip.reason})." for skip in result.skipped]
-    notes += [f"Failed: {method} ({reason})." for method, reason in result.failed.items()]
-    return "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
-
-
-def label(row: Row) -> str:
-    """`ties, tuned (density 0.3, lambda 1)`."""
-    values = ", ".join(f"{name} {value:g}" for name, value in row.parameters.items())
-    if row.variant == "default":
-        return f"{row.method}, default"
-    return f"{row.method}, tuned ({values or 'to the default'})"
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _with_interval(value: float, bounds: Interval, form: str = ".3f") -> str:
-    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
-
-
-def _arrays(stored: Mapping[str, Sequence[float]]) -> Outcomes:
-    return {task: np.array(values, dtype=np.float64) for task, values in stored.items()}
-
-
-def _content_hash(path: Path) -> str:
-    """A digest of every tensor of a checkpoint: names, types, shapes and bytes."""
-    import xxhash
-
-    digest = xxhash.xxh3_128()
-    source = open_checkpoint(str(path)).source
-    try:
-        for name in sorted(source.tensors):
-            info = source.tensors[name]
-            digest.update(f"{name} {info.dtype.name} {info.shape}".encode())
-            step = 1 << 20
-            for start in range(0, info.size, step):
-                stop = min(start + step, info.size)
-                raw = np.empty((stop - start) * info.dtype.itemsize, np.uint8)
-                source.read_into(name, start, stop, raw.data)
-                digest.update(raw.data)
-    finally:
-        source.close()
-    return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all: an interrupted run leaves no half-written cell."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 from numpy.typing import NDArray
 
@@ -16,7 +17,10 @@ from fusekit.evaluate.scores import Average, average_score
 BUILT_IN = {"digits": Path(__file__).parent / "data" / "digits" / "suite.yml"}
 """Suites by name."""
 
-EVALUATORS = {"digits": "fusekit.evaluate.digits:evaluator"}
+EVALUATORS = {
+    "digits": "fusekit.evaluate.digits:evaluator",
+    "vision": "fusekit.evaluate.vision:evaluator",
+}
 """What a suite's YAML may name as `evaluator`: `module:function`, an `EvaluatorFactory`.
 
 Modules are loaded on use, so that a suite costs nothing to those who run another.
@@ -44,6 +48,21 @@ class Evaluator(Protocol):
         each example (exp of its mean log-likelihood), geometric mean; where examples are equally
         long that is 1 / perplexity of the whole set, and the ratio to the expert's score is the
         expert's perplexity divided by the merge's.
+        """
+
+
+@runtime_checkable
+class Calibrates(Protocol):
+    """An evaluator that can also measure experts, for methods that need statistics of data."""
+
+    def calibrate(self, checkpoint: Path, task: str, statistic: str, out: Path) -> None:
+        """Measure the expert of a task on training examples, never on those it is scored on.
+
+        Args:
+            checkpoint: the expert.
+            task: its name in the suite.
+            statistic: as `fusekit.calibrate.measure` knows them: `fisher`, `gram`, ...
+            out: the file to write.
         """
 
 
@@ -79,7 +98,11 @@ class Suite:
         base: the checkpoint the experts were fine-tuned from.
         experts: task -> checkpoint of its expert.
         evaluator: scores a checkpoint; see `Evaluator`.
-        forgetting: tasks the base can do and no expert was trained on.
+        datasets: task -> what the evaluator scores for it; the task itself where nothing is said.
+            A task's relative score is the mean of those of its datasets.
+        forgetting: what the base can do and no expert was trained on, datasets by themselves.
+        references: name -> checkpoint that is scored for comparison and not merged, such as a model
+            trained on all tasks at once.
         tuning, reporting: splits for choosing parameters and for the table.
         shared_examples: tasks look at the same examples, in the same order.
         average: how a task's score is made from its examples' scores.
@@ -89,7 +112,9 @@ class Suite:
     base: Path
     experts: Mapping[str, Path]
     evaluator: Evaluator
+    datasets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     forgetting: tuple[str, ...] = ()
+    references: Mapping[str, Path] = field(default_factory=dict)
     tuning: str = "validation"
     reporting: str = "test"
     shared_examples: bool = False
@@ -99,9 +124,19 @@ class Suite:
     def tasks(self) -> tuple[str, ...]:
         return tuple(self.experts)
 
+    @property
+    def groups(self) -> dict[str, tuple[str, ...]]:
+        """task -> its datasets."""
+        return {task: tuple(self.datasets.get(task, (task,))) for task in self.experts}
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """All datasets: those of the tasks, then those of forgetting."""
+        return (*itertools.chain(*self.groups.values()), *self.forgetting)
+
     def means(self, outcomes: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-        """The score of every task from those of its examples."""
-        return {task: average_score(each, self.average) for task, each in outcomes.items()}
+        """The score of every dataset from those of its examples."""
+        return {name: average_score(each, self.average) for name, each in outcomes.items()}
 
 
 def load_suite(reference: str | Path) -> Suite:
@@ -128,7 +163,9 @@ _KEYS = {
     "evaluator": str,
     "base": str,
     "experts": dict,
+    "datasets": dict,
     "forgetting": list,
+    "references": dict,
     "tuning": str,
     "reporting": str,
     "shared_examples": bool,
@@ -153,15 +190,26 @@ def _checked(content: Any, path: Path) -> Suite:
     if (average := content.get("average", "arithmetic")) not in get_args(Average):
         known = did_you_mean(average, get_args(Average))
         raise FusekitError(f"{path}: unknown average {average!r}{known}")
-    made = {"evaluator", "base", "experts", "settings"}
-    given = {key: value for key, value in content.items() if key not in made}
-    given["forgetting"] = tuple(map(str, content.get("forgetting", ())))
+    plain = ("name", "tuning", "reporting", "shared_examples", "average")
     return Suite(
         base=_existing(content["base"], path),
         experts={str(k): _existing(v, path) for k, v in content["experts"].items()},
         evaluator=_evaluator(content["evaluator"], content.get("settings", {}), path),
-        **given,
+        datasets=_datasets(content.get("datasets", {}), content["experts"], path),
+        forgetting=tuple(map(str, content.get("forgetting", ()))),
+        references={str(k): _existing(v, path) for k, v in content.get("references", {}).items()},
+        **{key: content[key] for key in plain if key in content},
     )
+
+
+def _datasets(given: Mapping[Any, Any], experts: Settings, path: Path) -> dict[str, Any]:
+    for task, names in given.items():
+        if task not in experts:
+            known = did_you_mean(str(task), map(str, experts))
+            raise FusekitError(f"{path}: datasets: {task!r} is not a task{known}")
+        if not isinstance(names, list) or not names:
+            raise FusekitError(f"{path}: datasets: {task}: found {names!r}, expected a list")
+    return {str(task): tuple(map(str, names)) for task, names in given.items()}
 
 
 def _existing(reference: Any, path: Path) -> Path:

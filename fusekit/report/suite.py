@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from fusekit.evaluate.runner import Row, SuiteResult, label
+from collections.abc import Mapping
+
+from fusekit.evaluate.result import Row, SuiteResult
+from fusekit.evaluate.table import explained, label, with_interval
 from fusekit.report.figures import bars, cost_against_quality, heat_map
 from fusekit.report.page import Note, Plot, Report, Section, Table
 
@@ -10,8 +13,8 @@ from fusekit.report.page import Note, Plot, Report, Section, Table
 def suite_report(result: SuiteResult) -> Report:
     """Which method keeps how much of the experts, how surely, and at what cost."""
     rows = sorted(result.rows, key=lambda row: -row.normalised)
-    tasks = ", ".join(result.tasks)
-    lead = f"One model for {len(result.tasks)} tasks ({tasks}), merged from their experts."
+    tasks = ", ".join(result.groups)
+    lead = f"One model for {len(result.groups)} tasks ({tasks}), merged from their experts."
     sections = [
         Section("Methods", [*_best(rows), *_figures(result, _one_per_method(rows))]),
         Section("Numbers", [_table(result, rows), _explained(result)]),
@@ -69,6 +72,7 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
                 bars(
                     names,
                     [row.retained or 0.0 for row in rows],
+                    [row.retained_interval or (0.0, 0.0) for row in rows],
                     axis="share of the base's score",
                     reference=1.0,
                 ),
@@ -80,52 +84,61 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
             "Cost against quality",
             cost_against_quality(
                 names,
-                [row.merge_cpu_seconds + row.tuning_seconds for row in rows],
+                [row.total_seconds for row in rows],
                 quality,
-                cost_axis="CPU seconds, tuning included",
+                cost_axis="CPU seconds, data and tuning included",
                 quality_axis="normalised score",
             ),
             "Left and up is better.",
         )
     )
-    values = [[row.scores[task] for task in (*result.tasks, *result.forgetting)] for row in rows]
-    columns = [*result.tasks, *result.forgetting]
+    columns = [*result.datasets, *result.forgetting]
+    values = [[row.scores[name] for name in columns] for row in rows]
     plots.append(
         Plot("Score by task", heat_map(values, names, columns, limits=(0.0, 1.0), as_percent=True))
+    )
+    own = [[scores[name] for name in columns] for scores in result.experts.values()]
+    plots.append(
+        Plot(
+            "Every expert on every task",
+            heat_map(own, list(result.experts), columns, limits=(0.0, 1.0), as_percent=True),
+            "Rows are experts: what one task's training does to the others.",
+        )
     )
     return plots
 
 
 def _table(result: SuiteResult, rows: list[Row]) -> Table:
-    tasks = [*result.tasks, *result.forgetting]
-    head = ["model", *tasks, "normalised", "vs first", "retained", "CPU s", "MB", "tried"]
-    own = [f"{100 * result.experts[task][task]:.1f}" for task in result.tasks]
-    blank = ["-"] * 6
-    body = [
-        ["base", *(f"{100 * result.base[task]:.1f}" for task in tasks), *blank],
-        ["expert of the task", *own, *["-"] * len(result.forgetting), *blank],
-    ]
-    body += [_numbers(row, tasks) for row in rows]
-    return Table(head, body)
+    names = [*result.datasets, *result.forgetting]
+    head = ["model", *names, "normalised", "vs first", "retained"]
+    head += ["merge CPU s", "data CPU s", "tuning CPU s", "MB", "tried"]
+    body = []
+    for name, reference in result.references.items():
+        relative = [f"{reference.normalised:.3f}", "-", with_interval(reference.retained, None)]
+        body.append([name, *_percents(reference.scores, names), *relative, *["-"] * 5])
+    own = result.own_scores()
+    body.append(["expert of the task", *_percents(own, names), "1.000", *["-"] * 7])
+    return Table(head, body + [_numbers(row, names) for row in rows])
 
 
-def _numbers(row: Row, tasks: list[str]) -> list[str]:
+def _numbers(row: Row, names: list[str]) -> list[str]:
     return [
         label(row),
-        *(f"{100 * row.scores[task]:.1f}" for task in tasks),
-        f"{row.normalised:.3f}",
-        "-" if row.difference is None else f"{row.difference:+.3f}",
-        "-" if row.retained is None else f"{row.retained:.3f}",
+        *_percents(row.scores, names),
+        with_interval(row.normalised, row.normalised_interval),
+        with_interval(row.difference, row.difference_interval, "+.3f"),
+        with_interval(row.retained, row.retained_interval),
         f"{row.merge_cpu_seconds:.2f}",
+        f"{row.measuring_seconds:.1f}",
+        f"{row.tuning_seconds:.1f}",
         f"{row.merge_peak_bytes / 1e6:.0f}",
         str(row.tried),
     ]
 
 
+def _percents(scores: Mapping[str, float], names: list[str]) -> list[str]:
+    return [f"{100 * scores[name]:.1f}" if name in scores else "-" for name in names]
+
+
 def _explained(result: SuiteResult) -> str:
-    return (
-        "Scores in %. normalised: mean over tasks of score / expert's score; vs first: its "
-        "difference to the first method's; retained: the same on what the base could do, relative "
-        f"to the base. Intervals: paired bootstrap, {result.resamples} resamples. Tuned: best of "
-        f"at most {result.budget} configurations on validation data. Seed {result.seed}."
-    )
+    return f"Scores in %. {explained(result)}"

@@ -15,6 +15,8 @@ from tests.vectors import FOLDER
 
 Table = dict[str, dict[str, float]]
 
+GROUPS = {"t": ["t"]}
+
 
 def by_task(matrix: np.ndarray, names: list[int] | None = None) -> Table:
     rows = range(len(matrix)) if names is None else names
@@ -99,7 +101,7 @@ def test_intervals_cover_the_truth_as_often_as_they_say() -> None:
     for trial in range(120):
         hits = {"t": (rng.random(300) < 0.7).astype(float)}
         drawn = resample({"t": 300}, 400, trial, shared=False)
-        low, high = interval(drawn.ratios(hits, {"t": np.ones(300)}))
+        low, high = interval(drawn.ratios(hits, {"t": np.ones(300)}, GROUPS))
         covered += low <= 0.7 <= high
     assert 0.9 <= covered / 120 <= 0.99
 
@@ -110,8 +112,11 @@ def test_paired_differences_are_surer_than_unpaired_ones() -> None:
     second = np.where(rng.random(400) < 0.05, 1 - first, first)
     reference = {"t": np.ones(400)}
     drawn = resample({"t": 400}, 1000, 0, shared=False)
-    a, b = drawn.ratios({"t": first}, reference), drawn.ratios({"t": second}, reference)
-    other = resample({"t": 400}, 1000, 1, shared=False).ratios({"t": second}, reference)
+    a, b = (
+        drawn.ratios({"t": first}, reference, GROUPS),
+        drawn.ratios({"t": second}, reference, GROUPS),
+    )
+    other = resample({"t": 400}, 1000, 1, shared=False).ratios({"t": second}, reference, GROUPS)
     assert np.std(a - b) < 0.6 * np.std(a - other)
 
 
@@ -130,7 +135,7 @@ def test_geometric_means_make_ratios_of_perplexities() -> None:
     perplexities = [float(np.exp(nats.mean())) for nats in (merged, expert)]
     assert scores[0] / scores[1] == pytest.approx(perplexities[1] / perplexities[0])
     drawn = resample({"t": 40}, 500, 0, shared=False, average="geometric")
-    low, high = interval(drawn.ratios({"t": np.exp(-merged)}, {"t": np.exp(-expert)}))
+    low, high = interval(drawn.ratios({"t": np.exp(-merged)}, {"t": np.exp(-expert)}, GROUPS))
     assert low < scores[0] / scores[1] < high
 
 

@@ -1,0 +1,118 @@
+"""A suite's result as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from fusekit.evaluate.bootstrap import Interval
+from fusekit.evaluate.result import Row, SuiteResult
+
+_HEAD = (
+    "normalised [95 %]",
+    "vs first [95 %]",
+    "retained [95 %]",
+    "merge CPU s",
+    "data CPU s",
+    "tuning CPU s",
+    "peak MB",
+    "tried",
+)
+
+
+def markdown(result: SuiteResult) -> str:
+    """Three tables: scores and costs, every task's relative score, every expert on every task."""
+    return "\n".join([_scores(result), _by_task(result), _experts(result), _notes(result)])
+
+
+def summary(result: SuiteResult) -> str:
+    """The first table and what it means."""
+    return "\n".join([_scores(result), _notes(result)])
+
+
+def label(row: Row) -> str:
+    """`ties, tuned (density 0.3, lambda 1)`."""
+    values = ", ".join(f"{name} {value:g}" for name, value in row.parameters.items())
+    if row.variant == "default":
+        return f"{row.method}, default"
+    return f"{row.method}, tuned ({values or 'to the default'})"
+
+
+def with_interval(value: float | None, bounds: Interval | None, form: str = ".3f") -> str:
+    """`0.803 [0.787, 0.819]`, or `-` for no value."""
+    if value is None:
+        return "-"
+    if bounds is None:
+        return f"{value:{form}}"
+    return f"{value:{form}} [{bounds[0]:{form}}, {bounds[1]:{form}}]"
+
+
+def explained(result: SuiteResult) -> str:
+    """What the columns mean, in a few sentences."""
+    forgetting = ", ".join(result.forgetting)
+    retained = f"the same over {forgetting}, relative to the base" if forgetting else "not measured"
+    return (
+        "normalised: mean over tasks of the mean over a task's datasets of score / expert's score; "
+        f"vs first: its difference to the first method's; retained: {retained}. Intervals: paired "
+        f"bootstrap over examples, {result.resamples} resamples. Tuned: best of at most "
+        f"{result.budget} configurations on validation data. Seed {result.seed}. Merge: CPU time, "
+        "and memory above that of the loaded libraries, of a merge in a process of its own; data: "
+        "measuring the experts; tuning: merging and scoring all that was tried."
+    )
+
+
+def _scores(result: SuiteResult) -> str:
+    shown = [*result.datasets, *result.forgetting]
+    lines = [_line(["model", *shown, *_HEAD]), _ruler(1 + len(shown) + len(_HEAD))]
+    own = result.own_scores()
+    for name, reference in result.references.items():
+        relative = [f"{reference.normalised:.3f}", "-", with_interval(reference.retained, None)]
+        lines.append(_line([name, *_percents(reference.scores, shown), *relative, *["-"] * 5]))
+    experts = ["expert of the task", *_percents(own, shown), "1.000", *["-"] * 7]
+    lines.append(_line(experts))
+    for row in result.rows:
+        cells = [label(row), *_percents(row.scores, shown)]
+        cells.append(with_interval(row.normalised, row.normalised_interval))
+        cells.append(with_interval(row.difference, row.difference_interval, "+.3f"))
+        cells.append(with_interval(row.retained, row.retained_interval))
+        cells += [f"{row.merge_cpu_seconds:.2f}", f"{row.measuring_seconds:.1f}"]
+        cells += [f"{row.tuning_seconds:.1f}", f"{row.merge_peak_bytes / 1e6:.0f}", str(row.tried)]
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
+def _by_task(result: SuiteResult) -> str:
+    tasks = list(result.groups)
+    lines = [_line(["relative to the expert", *tasks]), _ruler(1 + len(tasks))]
+    for row in result.rows:
+        cells = [f"{row.by_task[task]:.3f}" if task in row.by_task else "-" for task in tasks]
+        lines.append(_line([label(row), *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _experts(result: SuiteResult) -> str:
+    shown = [*result.datasets, *result.forgetting]
+    lines = [_line(["expert", *shown]), _ruler(1 + len(shown))]
+    lines += [_line([task, *_percents(each, shown)]) for task, each in result.experts.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(result: SuiteResult) -> str:
+    count = len(result.groups)
+    notes = [f"Suite {result.suite}: one model for all {count} tasks; scores in %."]
+    notes.append(explained(result))
+    notes += [f"No ratio counts {name}: nothing is scored there." for name in result.dropped]
+    notes += [f"Left out: {skip.method} ({skip.reason})." for skip in result.skipped]
+    notes += [f"Failed: {method} ({reason})." for method, reason in result.failed.items()]
+    return "\n".join(notes) + "\n"
+
+
+def _percents(scores: Mapping[str, float], names: Iterable[str]) -> list[str]:
+    return [f"{100 * scores[name]:.1f}" if name in scores else "-" for name in names]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _ruler(columns: int) -> str:
+    return _line(["---", *["---:"] * (columns - 1)])
