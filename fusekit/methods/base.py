@@ -76,7 +76,7 @@ class Parameter:
             return value
         if self.kind in {"text", "path"}:
             if not isinstance(value, str):
-                raise ValueError("a text")
+                raise ValueError(f"a {self.kind}")
             return value
         return self._check_number(value)
 
