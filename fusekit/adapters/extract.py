@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -28,6 +29,7 @@ from fusekit.adapters.linalg import (
 )
 from fusekit.adapters.peft_format import read_array, read_finite
 from fusekit.adapters.peft_writer import AdapterWriter
+from fusekit.adapters.provenance import Provenance, short_name
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError, FusekitError
 
@@ -138,7 +140,8 @@ def extract_adapter(
 
     Per weight matrix `D = W_model - W_base = U S V^T`, cut to rank R: `B = U sqrt(S)`,
     `A = sqrt(S) V^T`, scaling 1. Embeddings are decomposed transposed, convolutions flattened.
-    Modules are read, decomposed and written one at a time.
+    Modules are read, decomposed and written one at a time. A manifest.json and a model card
+    README.md say what was done.
 
     Args:
         base: the model the adapter will be put on.
@@ -375,17 +378,39 @@ def _write(
     fields = dict(config)
     if any(name.endswith(".bias") for name in saved):
         fields["bias"] = "lora_only"
-    with AdapterWriter(folder, fields) as writer:
-        reports = [
-            _write_module(writer, differences, f, ranks[f.name], biases, options) for f in found
-        ]
-        for name in saved:
-            writer.replace(name, read_array(differences.model, name))
-    return ExtractReport(
+    reports = [_module_report(f, ranks[f.name]) for f in found]
+    report = ExtractReport(
         modules=tuple(report for report in reports if report.rank),
         saved=tuple(saved),
         lost=tuple(lost),
         unchanged=differences.unchanged,
+    )
+    provenance = _provenance(differences, report, options)
+    with AdapterWriter(folder, fields, provenance) as writer:
+        for f in found:
+            if ranks[f.name]:
+                _write_module(writer, differences, f, ranks[f.name], biases, options)
+        for name in saved:
+            writer.replace(name, read_array(differences.model, name))
+    return report
+
+
+def _provenance(
+    differences: _Differences, report: ExtractReport, options: ExtractOptions
+) -> Provenance:
+    base, model = differences.base, differences.model
+    chosen = {
+        field.name: list(value) if isinstance(value, tuple) else value
+        for field in dataclasses.fields(options)
+        if (value := getattr(options, field.name)) != field.default
+    }
+    return Provenance(
+        title=f"{short_name(model.label)} as an adapter of {short_name(base.label)}",
+        text=f"The difference of `{model.label}` and `{base.label}`, every matrix cut to low rank: "
+        f"{report.residual:.1%} of its norm is missed.",
+        record={"extraction": chosen},
+        inputs=[{"reference": source.label, **source.identity()} for source in (base, model)],
+        tags=("extracted",),
     )
 
 
@@ -430,27 +455,29 @@ def _write_module(
     rank: int,
     biases: set[str],
     options: ExtractOptions,
-) -> ModuleReport:
+) -> None:
+    with np.load(found.spooled) as spooled:
+        svd = ThinSvd(spooled["U"], found.S, spooled["Vt"]).truncated(rank)
+    A, B = svd.factors("balanced" if options.distribute else "right")
+    dtype = differences.model.tensors[found.name].dtype.numpy
+    bias = bias_name(found.name)
+    writer.add(
+        LoraModule(
+            name=found.name,
+            A=A.astype(dtype),
+            B=B.astype(dtype),
+            alpha=float(rank),
+            kind=_KINDS[found.role],
+            transposed=found.role in {"embedding", "conv1d"},
+            kernel=found.shape[1:] if found.role == "conv" else (),
+            bias=_bias_difference(differences, bias) if bias in biases else None,
+        )
+    )
+
+
+def _module_report(found: _Found, rank: int) -> ModuleReport:
     missed = float(np.hypot(found.rest, np.linalg.norm(found.S[rank:])))
     rows, columns = found.matrix_shape
-    if rank:
-        with np.load(found.spooled) as spooled:
-            svd = ThinSvd(spooled["U"], found.S, spooled["Vt"]).truncated(rank)
-        A, B = svd.factors("balanced" if options.distribute else "right")
-        dtype = differences.model.tensors[found.name].dtype.numpy
-        bias = bias_name(found.name)
-        writer.add(
-            LoraModule(
-                name=found.name,
-                A=A.astype(dtype),
-                B=B.astype(dtype),
-                alpha=float(rank),
-                kind=_KINDS[found.role],
-                transposed=found.role in {"embedding", "conv1d"},
-                kernel=found.shape[1:] if found.role == "conv" else (),
-                bias=_bias_difference(differences, bias) if bias in biases else None,
-            )
-        )
     return ModuleReport(
         name=found.name,
         rank=rank,

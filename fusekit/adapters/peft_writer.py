@@ -25,6 +25,7 @@ from fusekit.adapters.peft_format import (
     WEIGHTS_NAME,
     is_dotted_suffix,
 )
+from fusekit.adapters.provenance import CARD, Provenance
 from fusekit.checkpoint.dtypes import dtype_of
 from fusekit.checkpoint.writer import partial_folder, publish_folder
 from fusekit.engine.checksum import ChunkDigests
@@ -48,8 +49,7 @@ class AdapterWriter:
         folder: the folder to create. It must not exist, or be empty.
         config: fields carried over into adapter_config.json: `base_model_name_or_path`,
             `revision`, `task_type`, and `modules_to_save` and `bias` as hints for replacements.
-        provenance: extra string metadata for the weights file's header.
-        manifest: what manifest.json says beside the checksum of every tensor; None writes none.
+        provenance: how the adapter was made, for manifest.json and README.md; None writes neither.
         overwrite: replace the folder if it exists, once the new one is complete.
         header_room: bytes to leave for the header at the start of the file. A longer header, which
             is known only at the end, costs one more copy of the data.
@@ -63,9 +63,8 @@ class AdapterWriter:
         self,
         folder: str | Path,
         config: Mapping[str, Any] | None = None,
-        provenance: Mapping[str, str] | None = None,
+        provenance: Provenance | None = None,
         *,
-        manifest: Mapping[str, Any] | None = None,
         overwrite: bool = False,
         header_room: int = 0,
     ) -> None:
@@ -74,8 +73,7 @@ class AdapterWriter:
         if taken and not overwrite:
             raise CheckpointError(f"{folder}: already exists; adapters are written to new folders")
         self._config = dict(config or {})
-        self._metadata = {"format": "pt", **(provenance or {})}
-        self._manifest = manifest
+        self._provenance = provenance
         self._checksums: dict[str, str] = {}
         self._work = partial_folder(self.folder)
         shutil.rmtree(self._work, ignore_errors=True)
@@ -154,7 +152,7 @@ class AdapterWriter:
             "shape": list(tensor.shape),
             "data_offsets": [start, self._data.tell() - begin],
         }
-        if self._manifest is not None:
+        if self._provenance is not None:
             self._checksums[key] = _checksum(content, tensor.size, tensor.dtype.itemsize)
 
     def _finish(self) -> None:
@@ -164,10 +162,11 @@ class AdapterWriter:
         os.fsync(self._data.fileno())
         self._data.close()
         self._add_file(CONFIG_NAME, json.dumps(config, indent=2, sort_keys=True))
-        if self._manifest is not None:
+        if self._provenance is not None:
             tensors = {key: {"file": WEIGHTS_NAME, **self._described(key)} for key in self._header}
-            content = {**self._manifest, "tensors": tensors}
+            content = self._provenance.manifest(tensors)
             self._add_file(MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False))
+            self._add_file(CARD, self._provenance.card(config["base_model_name_or_path"]).rstrip())
         publish_folder(self._work, self.folder)
 
     def _described(self, key: str) -> dict[str, Any]:
@@ -184,7 +183,7 @@ class AdapterWriter:
 
     def _write_header(self) -> None:
         """Put the header before the data, which moves if the room left for it is too small."""
-        header = json.dumps({"__metadata__": self._metadata, **self._header}).encode()
+        header = json.dumps({"__metadata__": {"format": "pt"}, **self._header}).encode()
         length = max(-(-len(header) // 8) * 8, self._room)
         if length > self._room:
             self._move_data(8 + self._room, 8 + length)
@@ -305,7 +304,7 @@ def write_adapter(
     folder: str | Path,
     threads: int | None = None,
     *,
-    manifest: Mapping[str, Any] | None = None,
+    provenance: Provenance | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write an adapter as a PEFT folder; tensors and scalings survive bit for bit.
@@ -315,13 +314,13 @@ def write_adapter(
     Args:
         threads: modules computed at once, for adapters that compute them at access. Default: the
             number of processors. The result does not depend on it.
-        manifest: what manifest.json says beside the checksum of every tensor; None writes none.
+        provenance: how the adapter was made, for manifest.json and README.md; None writes neither.
         overwrite: replace the folder if it exists, once the new one is complete.
     """
     room = sum(2 * (len(name) + ENTRY_BYTES) for name in adapter.modules)
     room += sum(len(name) + ENTRY_BYTES for name in adapter.replacements)
     with AdapterWriter(
-        folder, adapter.config, manifest=manifest, overwrite=overwrite, header_room=room
+        folder, adapter.config, provenance, overwrite=overwrite, header_room=room
     ) as writer:
         for module in _computed(adapter.modules, threads or os.cpu_count() or 1):
             if module.rank > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import time
@@ -9,8 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
-
-import xxhash
 
 from fusekit.adapters.adapter import Adapter
 from fusekit.adapters.lego import LegoOptions
@@ -24,11 +23,17 @@ from fusekit.adapters.merge import (
 )
 from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
 from fusekit.adapters.peft_writer import write_adapter
+from fusekit.adapters.provenance import (
+    Provenance,
+    file_identities,
+    merge_citations,
+    merge_method_text,
+    short_name,
+)
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
 from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.references import parse_reference
-from fusekit.engine.checksum import ALGORITHM
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
@@ -280,8 +285,11 @@ def merges_adapters(recipe: Recipe) -> bool:
     return True
 
 
-def plan_adapters(recipe: Recipe) -> AdapterPlan:
+def plan_adapters(recipe: Recipe, component: str | None = None) -> AdapterPlan:
     """Check a recipe of adapters and open them. Reads headers only.
+
+    Args:
+        component: the part of files that hold LoRA for several models, see `load_adapter`.
 
     Raises:
         RecipeError: unknown method or parameters, values out of range, keys of the recipe that mean
@@ -297,7 +305,7 @@ def plan_adapters(recipe: Recipe) -> AdapterPlan:
     folders = tuple(_folder(entry, recipe.folder) for entry in recipe.models or ())
     base = None if recipe.base_model is None else open_checkpoint(recipe.base_model, recipe.folder)
     names = None if base is None else list(base.source.tensors)
-    adapters = tuple(load_adapter(folder, names) for folder in folders)
+    adapters = tuple(load_adapter(folder, names, component) for folder in folders)
     tensors = dict.fromkeys(t for a in adapters for t in (*a.modules, *a.replacements))
     layers = infer_layers(tensors if names is None else names)
     depth = {name: layer.position for name, layer in layers.items() if layer is not None}
@@ -332,23 +340,29 @@ def merge_recipe(
         RecipeError, CheckpointError, FusekitError: see `plan_adapters` and `merge_adapters`.
     """
     from fusekit.checkpoint.writer import check_target
+
+    check_target(out, overwrite)
+    return merge_planned(plan_adapters(recipe), out, threads=threads, overwrite=overwrite)
+
+
+def merge_planned(
+    plan: AdapterPlan, out: Path, *, threads: int | None = None, overwrite: bool = False
+) -> MergeReport:
+    """Carry out a plan; arguments as of `merge_recipe`. Closes the plan's base."""
     from fusekit.engine.run import MergeReport
 
     begun, cpu = time.monotonic(), time.process_time()
-    check_target(out, overwrite)
-    plan = plan_adapters(recipe)
     base = None if plan.base is None else plan.base.source
     try:
         merged = merge_adapters(
             plan.adapters, plan.method, plan.weights, plan.options, base, plan.vary
         )
-        write_adapter(merged, out, threads, manifest=_manifest(plan), overwrite=overwrite)
+        write_adapter(merged, out, threads, provenance=_provenance(plan), overwrite=overwrite)
     finally:
         if base is not None:
             base.close()
-    written = open_checkpoint(str(out)).source
-    sizes = [info.nbytes for info in written.tensors.values()]
-    written.close()
+    with contextlib.closing(open_checkpoint(str(out)).source) as written:
+        sizes = [info.nbytes for info in written.tensors.values()]
     return MergeReport(
         out=out,
         tensors=len(sizes),
@@ -428,36 +442,20 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("adapter_*") if path.is_file())
 
 
-def _manifest(plan: AdapterPlan) -> dict[str, Any]:
-    """What manifest.json says beside the tensors: recipe, version, and the adapters' contents."""
-    from fusekit import __version__
-    from fusekit.engine.manifest import FORMAT
-
-    recipe = plan.recipe.model_dump(exclude_defaults=True, mode="json")
-    inputs: list[dict[str, Any]] = [
-        {
-            "reference": reference,
-            "files": {
-                file.name: {"size": file.stat().st_size, "xxh3_128": _digest(file)}
-                for file in _files(folder)
-            },
-        }
+def _provenance(plan: AdapterPlan) -> Provenance:
+    names = [short_name(reference) for reference in plan.references]
+    several = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    inputs = [
+        file_identities(reference, _files(folder))
         for reference, folder in zip(plan.references, plan.folders, strict=True)
     ]
     if plan.base is not None:
         inputs.append({"reference": plan.base.reference, **plan.base.source.identity()})
-    return {
-        "format": FORMAT,
-        "fusekit": __version__,
-        "recipe": recipe,
-        "inputs": inputs,
-        "checksum": ALGORITHM,
-    }
-
-
-def _digest(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return Provenance(
+        title=f"Merge of {several}",
+        text=f"`{plan.method}`: {merge_method_text(plan.method)}",
+        record={"recipe": plan.recipe.model_dump(exclude_defaults=True, mode="json")},
+        inputs=inputs,
+        tags=("merge", plan.method),
+        citations=merge_citations(plan.method),
+    )

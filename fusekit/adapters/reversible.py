@@ -16,7 +16,9 @@ import numpy as np
 from fusekit.adapters.adapter import Adapter, Array, LoraModule, common_dtype, to_float32
 from fusekit.adapters.linalg import pad_rank, product_singular_values, product_svd
 from fusekit.adapters.peft_format import read_array
+from fusekit.adapters.provenance import Provenance, file_identities
 from fusekit.checkpoint.safetensors import SafetensorsFile
+from fusekit.checkpoint.writer import partial_folder, publish_folder
 from fusekit.errors import CheckpointError, FusekitError
 
 BASIS_NAME = "basis.safetensors"
@@ -217,6 +219,18 @@ class Pack:
         coefficients.close()
         return Adapter(f"{self.folder}:{task}", modules, {}, self.config)
 
+    def provenance(self, task: str) -> Provenance:
+        """How an unpacked adapter was made, for `write_adapter`."""
+        files = [self.folder / name for name in (PACK_NAME, BASIS_NAME, f"{task}.safetensors")]
+        return Provenance(
+            title=task,
+            text="Rebuilt from a pack of adapters that share a basis (reversible model merging).",
+            record={"unpacked": {"task": task}},
+            inputs=[file_identities(str(self.folder), files)],
+            tags=("reversible-merging",),
+            citations=("Towards Reversible Model Merging For Low-rank Weights (arXiv 2510.14163)",),
+        )
+
     def add(self, task: str, adapter: Adapter) -> float:
         """Store another task on the pack's basis, without refitting, and open the pack again to
         unpack it. Returns the relative error of its updates.
@@ -350,7 +364,7 @@ class _PackBuilder:
         }
 
     def write(self, folder: Path, config: Mapping[str, Any]) -> None:
-        work = folder.with_name(folder.name + ".partial")
+        work = partial_folder(folder)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
         _save(work / BASIS_NAME, self._basis)
@@ -363,7 +377,7 @@ class _PackBuilder:
             "modules": self._modules,
         }
         _write_json(work / PACK_NAME, facts)
-        work.rename(folder)
+        publish_folder(work, folder)
 
     def report(self) -> PackReport:
         errors = []

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fusekit.cli.format import size
+
 if TYPE_CHECKING:
     from fusekit.adapters.adapter import Adapter
     from fusekit.adapters.extract import ExtractReport
@@ -110,8 +112,10 @@ class Others(StrEnum):
 
 @app.command()
 def merge(
-    adapters: Annotated[list[Path], typer.Argument(help="Adapter folders, or LoRA files.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    adapters: Annotated[
+        list[str], typer.Argument(help="Adapter folders, LoRA files, or adapters on the hub.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
     method: Annotated[Method, typer.Option(help="How adapters are merged.")] = Method.svd,
     weight: Annotated[
         list[float] | None,
@@ -123,24 +127,27 @@ def merge(
     ] = None,
     density: Annotated[float | None, typer.Option(help="Fraction of entries kept.")] = None,
     majority_sign: Annotated[
-        MajoritySign, typer.Option(help="What TIES counts.")
-    ] = MajoritySign.total,
+        MajoritySign | None, typer.Option(help="What TIES counts; default total.")
+    ] = None,
     convention: Annotated[
-        Convention, typer.Option(help="peft: as PEFT's add_weighted_adapter.")
-    ] = Convention.fusekit,
+        Convention | None, typer.Option(help="peft: as PEFT's add_weighted_adapter.")
+    ] = None,
     svd: Annotated[
-        Decomposition, typer.Option(help="Decomposition of dense results.")
-    ] = Decomposition.auto,
+        Decomposition | None, typer.Option(help="Decomposition of dense results; default auto.")
+    ] = None,
     replacements: Annotated[
-        Replacements, typer.Option(help="Tensors several adapters save whole.")
-    ] = Replacements.error,
-    restarts: Annotated[int, typer.Option(min=1, help="Runs of k-means (lora_lego).")] = 1,
+        Replacements | None,
+        typer.Option(help="Tensors several adapters save whole; default error."),
+    ] = None,
+    restarts: Annotated[
+        int | None, typer.Option(min=1, help="Runs of k-means (lora_lego); default 1.")
+    ] = None,
     canonicalize: Annotated[
         bool, typer.Option("--canonicalize", help="Align signs and sizes first (lora_lego).")
     ] = False,
     knots_basis: Annotated[
-        Side, typer.Option(help="Side whose common basis KnOTS takes.")
-    ] = Side.output,
+        Side | None, typer.Option(help="Side whose common basis KnOTS takes; default output.")
+    ] = None,
     base: Annotated[
         str | None, typer.Option(help="Base model, for DoRA adapters and kohya files.")
     ] = None,
@@ -149,32 +156,50 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
+    ] = False,
 ) -> None:
     """Merge ADAPTERS of one base model into one adapter."""
-    from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
-    from fusekit.adapters.lego import LegoOptions
-    from fusekit.checkpoint.folder import open_checkpoint
+    from fusekit.adapters.recipe import merge_planned, plan_adapters
+    from fusekit.checkpoint.writer import check_target
+    from fusekit.errors import FusekitError
+    from fusekit.recipe.schema import load_recipe
 
-    options = MergeOptions(
-        rank=rank,
-        parameter_budget=parameter_budget,
-        density=density,
-        majority_sign_method=majority_sign.value,
-        convention=convention.value,
-        svd=svd.value,
-        replacements=replacements.value,
-        seed=seed,
-        knots_basis=knots_basis.value,
-        lego=LegoOptions(restarts=restarts, canonicalize=canonicalize),
-    )
-    source = None if base is None else open_checkpoint(base).source
-    names = None if source is None else list(source.tensors)
-    loaded = [load_adapter(path, names, component) for path in adapters]
-    for adapter in loaded:
+    if weight and len(weight) != len(adapters):
+        raise FusekitError(f"{len(weight)} weights for {len(adapters)} adapters")
+    own = [{"weight": each} for each in weight] if weight else [{} for _ in adapters]
+    given = {
+        "rank": rank,
+        "parameter_budget": parameter_budget,
+        "density": density,
+        "majority_sign_method": majority_sign and majority_sign.value,
+        "convention": convention and convention.value,
+        "svd": svd and svd.value,
+        "replacements": replacements and replacements.value,
+        "restarts": restarts,
+        "canonicalize": canonicalize or None,
+        "knots_basis": knots_basis and knots_basis.value,
+    }
+    recipe = {
+        "merge_method": method.value,
+        "base_model": base,
+        "models": [
+            {"model": reference, "parameters": values}
+            for reference, values in zip(adapters, own, strict=True)
+        ],
+        "parameters": {name: value for name, value in given.items() if value is not None},
+        "seed": seed,
+    }
+    check_target(out, overwrite)
+    plan = plan_adapters(load_recipe(recipe), component)
+    for adapter in plan.adapters:
         _print_left_out(adapter)
-    merged = merge_adapters(loaded, method.value, weight or None, options, source)
-    write_adapter(merged, out, threads)
-    typer.echo(f"{out}: {method.value} of {len(adapters)} adapters, {len(merged.modules)} modules")
+    report = merge_planned(plan, out, threads=threads, overwrite=overwrite)
+    typer.echo(
+        f"{out}: {method.value} of {len(adapters)} adapters, {report.tensors} tensors, "
+        f"{size(report.bytes_written)}"
+    )
 
 
 @app.command()
@@ -281,7 +306,8 @@ def unpack(
     from fusekit.adapters import write_adapter
     from fusekit.adapters.reversible import open_pack
 
-    write_adapter(open_pack(pack).unpack(task), out)
+    opened = open_pack(pack)
+    write_adapter(opened.unpack(task), out, provenance=opened.provenance(task))
     typer.echo(f"{out}: task {task} of {pack}")
 
 

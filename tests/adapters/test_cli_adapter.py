@@ -41,7 +41,7 @@ def test_merge_writes_what_the_library_computes(folders, tmp_path):
     weights = [0.5, 1.0, -0.25]
     options = [o for w in weights for o in ("--weight", w)]
     output = run("merge", *folders, tmp_path / "out", "--method", "cat", *options)
-    assert "cat of 3 adapters, 2 modules" in output
+    assert "cat of 3 adapters, 4 tensors, 1.08 kB" in output
     merged = load_adapter(tmp_path / "out")
     for name in SHAPES:
         expected = sum(
