@@ -32,6 +32,7 @@ _SUBMODULES = (
     "random",
     "ranks",
     "statistics",
+    "stitch",
     "thin",
     "tiles",
 )

@@ -27,6 +27,7 @@ _FAMILIES = (
     "soups",
     "emr",
     "tall_masks",
+    "localize",
     "singular",
     "least_squares",
     "measured",
