@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.plan import PlannedTensor
 from fusekit.errors import CheckpointError
 from fusekit.kernels import codecs, linear
-from fusekit.methods.base import Block, Request
+from fusekit.methods.base import Block, Packed, Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -114,78 +114,144 @@ def _f8_values(name: str) -> Array:
     return values
 
 
-Fetch = Callable[[int, int, int], Array]
-"""(operand, start, stop) -> the bytes of those elements; operand -1 is the base."""
+class Fetch(Protocol):
+    """Bytes of one planned tensor's operands; operand -1 is the base."""
+
+    def raw(self, index: int, start: int, stop: int) -> Array:
+        """The bytes of elements `[start, stop)`."""
+
+    def bits(self, start: int, stop: int) -> tuple[Array, int]:
+        """All operands' 16-bit elements, (operands, any), the base last, and where `start` is."""
 
 
-def streaming(planned: PlannedTensor, sources: list[TensorSource], space: Workspace) -> Fetch:
-    """Read every block from its source into the worker's buffer."""
+class Streaming:
+    """Reads every block from its source into the worker's buffer."""
 
-    def fetch(index: int, start: int, stop: int) -> Array:
-        ref = planned.operand(index)
+    def __init__(
+        self, planned: PlannedTensor, sources: list[TensorSource], space: Workspace
+    ) -> None:
+        self._planned = planned
+        self._sources = sources
+        self._space = space
+
+    def raw(self, index: int, start: int, stop: int) -> Array:
+        ref, space = self._planned.operand(index), self._space
         raw = space.scratch(f"raw{index}", ((stop - start) * ref.dtype.itemsize,), np.uint8)
-        space.read(sources[ref.source], ref.name, start, stop, raw)
+        space.read(self._sources[ref.source], ref.name, start, stop, raw)
         return raw
 
-    return fetch
+    def bits(self, start: int, stop: int) -> tuple[Array, int]:
+        planned, space = self._planned, self._space
+        indices = planned.operand_indices()
+        bits = space.scratch("bits", (len(indices), stop - start), np.uint16)
+        for index in indices:
+            ref = planned.operand(index)
+            row = bits[index].view(np.uint8)
+            space.read(self._sources[ref.source], ref.name, start, stop, row)
+        return bits, 0
 
 
-def resident(planned: PlannedTensor, sources: list[TensorSource], space: Workspace) -> Fetch:
-    """Read the whole tensor of every operand once; blocks are slices of it."""
-    held: dict[int, Array] = {}
+class Resident:
+    """Reads the whole tensor of every operand once; blocks are slices of it."""
 
-    def fetch(index: int, start: int, stop: int) -> Array:
-        ref = planned.operand(index)
-        width = ref.dtype.itemsize
-        if index not in held:
-            whole = space.scratch(f"whole{index}", (planned.size * width,), np.uint8)
-            space.read(sources[ref.source], ref.name, 0, planned.size, whole)
-            held[index] = whole
-        return held[index][start * width : stop * width]
+    def __init__(
+        self, planned: PlannedTensor, sources: list[TensorSource], space: Workspace
+    ) -> None:
+        self._whole = Streaming(planned, sources, space)
+        self._planned = planned
+        self._held: dict[int, Array] = {}
+        self._bits: Array | None = None
 
-    return fetch
+    def raw(self, index: int, start: int, stop: int) -> Array:
+        width = self._planned.operand(index).dtype.itemsize
+        if index not in self._held:
+            self._held[index] = self._whole.raw(index, 0, self._planned.size)
+        return self._held[index][start * width : stop * width]
+
+    def bits(self, start: int, stop: int) -> tuple[Array, int]:
+        if self._bits is None:
+            self._bits, _ = self._whole.bits(0, self._planned.size)
+        return self._bits, start
+
+
+KINDS = {"BF16": 0, "F16": 1}
+"""How `kernels.tiles` calls the types it decodes."""
 
 
 class BlockReader:
-    """Decoded blocks of one planned tensor, counting NaN and Inf once per element."""
+    """Blocks of one planned tensor, counting NaN and Inf once per element."""
 
     def __init__(self, planned: PlannedTensor, space: Workspace, fetch: Fetch) -> None:
         self.planned = planned
         self.space = space
         self.fetch = fetch
         self.compute = np.dtype(planned.compute)
+        self._indices = [*range(len(planned.models)), *([-1] if planned.base else [])]
+        self._kind = self._packed_kind()
+        self._special = np.zeros(len(self._indices), np.int64)
+        self._deltas = False
         self.reset_counts()
+
+    def _packed_kind(self) -> int | None:
+        names = {self.planned.operand(index).dtype.name for index in self._indices}
+        if len(names) > 1 or self.compute != np.float32:
+            return None
+        return KINDS.get(names.pop())
 
     def reset_counts(self) -> None:
         """Start counting NaN and Inf from zero."""
-        self.nonfinite = dict.fromkeys(self.planned.operand_indices(), 0)
+        self._counts = np.zeros(len(self._indices), np.int64)
+
+    @property
+    def nonfinite(self) -> dict[int, int]:
+        """NaN and infinite entries by operand."""
+        return dict(zip(self._indices, self._counts.tolist(), strict=True))
 
     def blocks(self, request: Request, start: int, stop: int) -> Iterator[Block]:
         """The blocks of `[start, stop)`, cut at multiples of the request's unit."""
         step = block_length(request.unit(self.planned.shape), self.space.block_elements)
+        self._deltas = request.deltas and self.planned.base is not None
         for begin in range(start, stop, step):
-            yield self.block(request, begin, min(begin + step, stop))
+            self._special[:] = 0
+            yield self._block(begin, min(begin + step, stop))
+            self._counts += self._special
 
-    def block(self, request: Request, start: int, stop: int) -> Block:
-        """One decoded block."""
-        space, planned = self.space, self.planned
-        length = stop - start
-        rows = space.scratch("rows", (len(planned.models), length), self.compute)
-        base = space.scratch("base", (length if planned.base else 0,), self.compute)
-        if planned.base is not None:
-            raw = self.fetch(-1, start, stop)
-            self.nonfinite[-1] += space.decode(raw, planned.base.dtype, base)
-        for index, ref in enumerate(planned.models):
-            raw = self.fetch(index, start, stop)
-            row = rows[index]
-            if not request.deltas or planned.base is None:
-                self.nonfinite[index] += space.decode(raw, ref.dtype, row)
-            elif ref.dtype.name == "BF16" and self.compute == np.float32:
-                self.nonfinite[index] += codecs.decode_bf16_delta(raw.view(np.uint16), base, row)
-            else:
-                self.nonfinite[index] += space.decode(raw, ref.dtype, row)
-                linear.subtract(rows[index : index + 1], base)
-        return Block(planned.tensor, rows, base, start, space.scratch)
+    def _block(self, start: int, stop: int) -> Block:
+        planned, packed = self.planned, None
+        if self._kind is not None:
+            bits, at = self.fetch.bits(start, stop)
+            packed = Packed(bits, self._kind, at, self._special)
+        return Block(planned.tensor, start, stop - start, self.space.scratch, self, packed)
+
+    def _raw(self, index: int, block: Block) -> Array:
+        packed = block.packed
+        if packed is None:
+            return self.fetch.raw(index, block.start, block.start + block.size)
+        bits: Array = packed.bits[index, packed.start : packed.start + block.size]
+        return bits.view(np.uint8)
+
+    def base(self, block: Block) -> Array:
+        """The base's elements."""
+        base = self.planned.base
+        row = self.space.scratch("base", (block.size if base else 0,), self.compute)
+        if base is not None:
+            self._special[-1] = self.space.decode(self._raw(-1, block), base.dtype, row)
+        return row
+
+    def rows(self, block: Block) -> Array:
+        """The models' elements, or their task vectors."""
+        space, models = self.space, self.planned.models
+        rows = space.scratch("rows", (len(models), block.size), self.compute)
+        for index, ref in enumerate(models):
+            raw, row = self._raw(index, block), rows[index]
+            if self._deltas and ref.dtype.name == "BF16" and self.compute == np.float32:
+                bits = raw.view(np.uint16)
+                self._special[index] = codecs.decode_bf16_delta(bits, block.base, row)
+                continue
+            self._special[index] = space.decode(raw, ref.dtype, row)
+            if self._deltas:
+                linear.subtract(rows[index : index + 1], block.base)
+        return rows
 
 
 def block_length(unit: int, block_elements: int) -> int:

@@ -20,10 +20,10 @@ from fusekit.engine.blocks import (
     BLOCK_ELEMENTS,
     BlockReader,
     Fetch,
+    Resident,
+    Streaming,
     Workspace,
     nonfinite_error,
-    resident,
-    streaming,
 )
 from fusekit.engine.checksum import CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
@@ -297,7 +297,7 @@ class Executor:
             def task(space: Workspace) -> None:
                 job = jobs[piece.member]
                 self._prefetch(job.planned, piece)
-                reader = self._reader(job, space, streaming)
+                reader = self._reader(job, space, Streaming)
                 shared.measure(piece, reader)
                 self._count_nonfinite(job, reader, shared)
                 if left.step():
@@ -323,7 +323,7 @@ class Executor:
 
     def _run_resident(self, job: _Job, space: Workspace) -> None:
         """All scans of a tensor and its combine, reading it once."""
-        reader = self._reader(job, space, resident)
+        reader = self._reader(job, space, Resident)
         while job.request is not None:
             own = accumulator([(job.planned, job.request)])
             while True:
@@ -394,7 +394,7 @@ class Executor:
                 if job.copies_bytes:
                     self._copy(job, piece.start, piece.stop, space)
                 else:
-                    reader = self._reader(job, space, streaming)
+                    reader = self._reader(job, space, Streaming)
                     self._combine(job, piece.start, piece.stop, space, reader)
 
             return task
@@ -409,8 +409,7 @@ class Executor:
         overflows = 0
         digest = job.digests.from_chunk(start)
         for block in reader.blocks(combine, start, stop):
-            length = block.rows.shape[1]
-            out = space.scratch("out", (length,), reader.compute)
+            out = space.scratch("out", (block.size,), reader.compute)
             combine.apply(block, out)
             encoded, beyond = space.encode(out, planned.dtype)
             overflows += beyond
@@ -426,17 +425,19 @@ class Executor:
         """Bytes as they are; operands of an integer tensor must all agree."""
         planned, combine = job.planned, job.combine
         assert isinstance(combine, Copy)
-        fetch = streaming(planned, self._sources, space)
+        fetch = Streaming(planned, self._sources, space)
         width = planned.dtype.itemsize
         others = planned.operand_indices() if planned.kind == "same" else []
         nonfinite = 0
         digest = job.digests.from_chunk(start)
         for begin in range(start, stop, self._block_elements):
             end = min(begin + self._block_elements, stop)
-            raw = fetch(combine.model, begin, end)
+            raw = fetch.raw(combine.model, begin, end)
             for index in others:
                 if index != combine.model:
-                    self._check_equal(planned, combine.model, index, raw, fetch(index, begin, end))
+                    self._check_equal(
+                        planned, combine.model, index, raw, fetch.raw(index, begin, end)
+                    )
             if planned.kind == "merge":
                 row = space.scratch("copied", (end - begin,), np.dtype(planned.compute))
                 nonfinite += space.decode(raw, planned.dtype, row)

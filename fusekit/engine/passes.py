@@ -126,7 +126,7 @@ class _Sums(Accumulator):
         partials = self._partials[span.member]
         for block in reader.blocks(summary, span.start, span.stop):
             first = block.start // size
-            count = -(-block.rows.shape[1] // size)
+            count = -(-block.size // size)
             summary.measure(block, partials[first : first + count])
 
     def advance(self) -> bool:
@@ -182,13 +182,59 @@ class _Target:
 
     @property
     def bins(self) -> int:
-        """Counters; the largest value is tracked instead of bracketed and needs only one."""
-        return 1 if self.rank == 1 else ((self.high - self.low) >> self.shift) + 1
+        """How many counters its bracket takes."""
+        return ((self.high - self.low) >> self.shift) + 1
 
     def narrow(self, low: int, high: int) -> None:
         """Look between two keys, in as few keys per bin as the bins allow."""
         self.low, self.high = low, high
         self.shift = max(0, (high - low).bit_length() - (MAX_BINS - 1).bit_length())
+
+
+@dataclass
+class _Largest:
+    """The largest key of a row so far, and how often it occurs."""
+
+    key: int = 0
+    times: int = 0
+
+    def add(self, key: int, times: int) -> None:
+        if key > self.key:
+            self.key, self.times = key, times
+        elif key == self.key:
+            self.times += times
+
+
+class _Counts:
+    """What one worker has counted: keys in and above the brackets, and the rows' largest keys.
+
+    A largest value is tracked instead of bracketed.
+    """
+
+    def __init__(self, targets: Sequence[_Target], key: np.dtype[Any], size: int) -> None:
+        bracketed = [target for target in targets if target.rank != 1]
+        self._first = np.cumsum([0, *(target.bins for target in bracketed)]).tolist()
+        self.brackets = np.array(
+            [
+                (target.row, target.low, target.high, target.shift, first)
+                for target, first in zip(bracketed, self._first, strict=False)
+            ],
+            key,
+        ).reshape(-1, 5)
+        self.bins = np.zeros(self._first[-1], np.int64 if size >= 1 << 31 else np.int32)
+        self.above = np.zeros(len(bracketed), np.int64)
+        self.largest = {target.row: _Largest() for target in targets if target.rank == 1}
+
+    def of(self, number: int) -> Array:
+        """The counters of one bracket."""
+        return self.bins[self._first[number] : self._first[number + 1]]
+
+    def add(self, other: _Counts) -> None:
+        """Take in what another worker has counted."""
+        self.bins += other.bins
+        self.above += other.above
+        for row, seen in other.largest.items():
+            self.largest[row].add(seen.key, seen.times)
 
 
 class _Order(Accumulator):
@@ -212,7 +258,7 @@ class _Order(Accumulator):
         ]
         self._rows = len(summary.ranks)
         self._lock = threading.Lock()
-        self._idle: list[tuple[list[Array], list[int]]] = []
+        self._idle: list[_Counts] = []
         if self._size <= DIRECT_ELEMENTS:
             self._scan = "direct"
             self._collected = np.empty((self._rows, self._size), self._key)
@@ -234,9 +280,9 @@ class _Order(Accumulator):
     def measure(self, span: Span, reader: BlockReader) -> None:
         _, summary = self.members[span.member]
         if self._scan == "count":
-            with self._borrowed_bins() as (bins, above):
+            with self._borrowed_counts() as counts:
                 for block in reader.blocks(summary, span.start, span.stop):
-                    self._count(self._keys(summary, block), bins, above)
+                    self._count(summary, block, counts)
             return
         for block in reader.blocks(summary, span.start, span.stop):
             keys = self._keys(summary, block)
@@ -337,71 +383,55 @@ class _Order(Accumulator):
         self._collected = self._collected[:, :0].copy()
 
     @contextmanager
-    def _borrowed_bins(self) -> Iterator[tuple[list[Array], list[int]]]:
+    def _borrowed_counts(self) -> Iterator[_Counts]:
         with self._lock:
-            state = self._idle.pop() if self._idle else None
-        if state is None:
-            wide = np.int64 if self._size >= 1 << 31 else np.int32
-            open_targets = [target for target in self._targets if target.found is None]
-            state = [np.zeros(t.bins, wide) for t in open_targets], [0] * len(open_targets)
+            counts = self._idle.pop() if self._idle else None
+        if counts is None:
+            counts = _Counts(self._open(), self._key, self._size)
         try:
-            yield state
+            yield counts
         finally:
             with self._lock:
-                self._idle.append(state)
+                self._idle.append(counts)
 
-    def _count(self, keys: Array, bins: list[Array], above: list[int]) -> None:
-        open_targets = [target for target in self._targets if target.found is None]
-        for i, target in enumerate(open_targets):
-            if target.rank == 1:
-                largest = keys[target.row].max()
-                if largest >= above[i]:
-                    equal = int(np.count_nonzero(keys[target.row] == largest))
-                    _add_largest(above, bins, i, int(largest), equal)
-                continue
-            above[i] += order.count_bracket(
-                keys[target.row],
-                self._key.type(target.low),
-                self._key.type(target.high),
-                self._key.type(target.shift),
-                bins[i],
-            )
+    def _open(self) -> list[_Target]:
+        return [target for target in self._targets if target.found is None]
+
+    def _count(self, summary: OrderStatistics, block: Block, counts: _Counts) -> None:
+        bracketed = counts.brackets, counts.bins, counts.above
+        if not counts.largest and summary.tally(block, *bracketed):
+            return
+        keys = self._keys(summary, block)
+        order.count_brackets(keys, *bracketed)
+        for row, seen in counts.largest.items():
+            largest = int(keys[row].max())
+            if largest >= seen.key:
+                seen.add(largest, int(np.count_nonzero(keys[row] == largest)))
 
     def _locate(self) -> None:
         """Find each rank's bin; settle it where a bin is a single key, else look closer."""
-        states, self._idle = self._idle, []
-        (bins, above), *others = states
-        open_targets = [target for target in self._targets if target.found is None]
-        for more_bins, more_above in others:
-            for i, counts in enumerate(more_bins):
-                if open_targets[i].rank == 1:
-                    _add_largest(above, bins, i, more_above[i], int(counts[0]))
-                    continue
-                bins[i] += counts
-                above[i] += more_above[i]
-        for target, counts, over in zip(open_targets, bins, above, strict=True):
+        (counts, *others), self._idle = self._idle, []
+        for more in others:
+            counts.add(more)
+        number = 0
+        for target in self._open():
             if target.rank == 1:
-                target.found = OrderValue(self._value(over), 0, int(counts[0]))
+                seen = counts.largest[target.row]
+                target.found = OrderValue(self._value(seen.key), 0, seen.times)
                 continue
-            if target.rank <= over:
-                target.narrow(target.high + 1, self._top)
-                continue
-            chosen, greater = order.find_rank(counts, target.rank - over)
-            if chosen < 0:
-                target.narrow(0, target.low - 1)
-                continue
-            low = target.low + (chosen << target.shift)
-            if target.shift:
-                target.narrow(low, min(low + (1 << target.shift) - 1, target.high))
-                continue
-            target.found = OrderValue(self._value(low), over + greater, int(counts[chosen]))
+            self._settle(target, counts.of(number), int(counts.above[number]))
+            number += 1
 
-
-def _add_largest(
-    above: list[int], bins: list[Array], target: int, largest: int, equal: int
-) -> None:
-    """Take in a part's largest key: `above` keeps the largest, its bin how often it occurs."""
-    if largest > above[target]:
-        above[target], bins[target][0] = largest, equal
-    elif largest == above[target]:
-        bins[target][0] += equal
+    def _settle(self, target: _Target, bins: Array, over: int) -> None:
+        if target.rank <= over:
+            target.narrow(target.high + 1, self._top)
+            return
+        chosen, greater = order.find_rank(bins, target.rank - over)
+        if chosen < 0:
+            target.narrow(0, target.low - 1)
+            return
+        low = target.low + (chosen << target.shift)
+        if target.shift:
+            target.narrow(low, min(low + (1 << target.shift) - 1, target.high))
+            return
+        target.found = OrderValue(self._value(low), over + greater, int(bins[chosen]))

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels import linear
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_CHUNK = 1024
+CHUNK = 1024
+"""Elements that are worked on together."""
 
 MASS, COUNT, SQUARE, LARGEST = 0, 1, 2, 3
 """How votes are cast: by value, by sign, by signed square, or by the largest square alone."""
@@ -21,9 +24,12 @@ MEAN, SUM, MAX = 0, 1, 2
 @njit(nogil=True, cache=True)
 def votes(deltas: Array, start: int, ballots: Array, election: int, total: Array) -> None:
     """total = the sum whose sign is elected at positions start, ...; `ballots` weighs the votes."""
-    total[:] = 0.0
     n = deltas.shape[0]
     stop = start + total.size
+    if election == MASS:
+        linear.weighted_chunk(deltas, ballots, ballots[:0], 0.0, start, stop, total)
+        return
+    total[:] = 0.0
     if election == LARGEST:
         for i in range(total.size):
             best = 0.0
@@ -37,10 +43,7 @@ def votes(deltas: Array, start: int, ballots: Array, election: int, total: Array
     for r in range(n):
         ballot = ballots[r]
         row = deltas[r, start:stop]
-        if election == MASS:
-            for i in range(total.size):
-                total[i] += ballot * np.float64(row[i])
-        elif election == COUNT:
+        if election == COUNT:
             for i in range(total.size):
                 total[i] += ballot * np.sign(np.float64(row[i]))
         else:
@@ -53,10 +56,10 @@ def votes(deltas: Array, start: int, ballots: Array, election: int, total: Array
 def sign_balance(deltas: Array, ballots: Array, election: int) -> int:
     """sum over positions of the elected sign (zero where the votes cancel)."""
     size = deltas.shape[1]
-    scratch = np.empty(_CHUNK, np.float64)
+    scratch = np.empty(CHUNK, np.float64)
     balance = 0
-    for start in range(0, size, _CHUNK):
-        stop = min(start + _CHUNK, size)
+    for start in range(0, size, CHUNK):
+        stop = min(start + CHUNK, size)
         total = scratch[: stop - start]
         votes(deltas, start, ballots, election, total)
         for i in range(total.size):
@@ -67,11 +70,12 @@ def sign_balance(deltas: Array, ballots: Array, election: int) -> int:
 @njit(nogil=True, cache=True)
 def _largest(deltas: Array, start: int, weights: Array, sign: Array, merged: Array) -> None:
     """merged = the weighted entry of the elected sign with the largest magnitude."""
-    merged[:] = 0.0
+    kind = merged.dtype.type
+    merged[:] = kind(0)
     for r in range(deltas.shape[0]):
-        weight, row = weights[r], deltas[r, start : start + sign.size]
+        weight, row = kind(weights[r]), deltas[r, start : start + sign.size]
         for i in range(sign.size):
-            x = weight * np.float64(row[i])
+            x = weight * kind(row[i])
             merged[i] = x if x * sign[i] > merged[i] * sign[i] else merged[i]
 
 
@@ -80,28 +84,34 @@ def _agreeing(
     deltas: Array, start: int, weights: Array, sign: Array, merged: Array, divisor: Array
 ) -> None:
     """merged, divisor = sums of the weighted entries of the elected sign and of their weights."""
-    merged[:] = 0.0
-    divisor[:] = 0.0
+    kind = merged.dtype.type
+    zero = kind(0)
     n = deltas.shape[0]
     stop = start + sign.size
     done = 0
-    # Two rows a sweep: the sums are loaded and stored half as often.
-    while done + 1 < n:
-        a, b = weights[done], weights[done + 1]
-        left, right = deltas[done, start:stop], deltas[done + 1, start:stop]
+    if n >= 3:
+        a, b, c = kind(weights[0]), kind(weights[1]), kind(weights[2])
+        first, second = deltas[0, start:stop], deltas[1, start:stop]
+        third = deltas[2, start:stop]
         for i in range(sign.size):
-            x, y = a * np.float64(left[i]), b * np.float64(right[i])
-            first, second = x * sign[i] > 0.0, y * sign[i] > 0.0
-            merged[i] = (merged[i] + (x if first else 0.0)) + (y if second else 0.0)
-            divisor[i] = (divisor[i] + (a if first else 0.0)) + (b if second else 0.0)
-        done += 2
-    if done < n:
-        a, left = weights[done], deltas[done, start:stop]
+            x, y, z = a * kind(first[i]), b * kind(second[i]), c * kind(third[i])
+            s = sign[i]
+            agrees, too, as_well = x * s > zero, y * s > zero, z * s > zero
+            entries = (x if agrees else zero) + (y if too else zero)
+            merged[i] = entries + (z if as_well else zero)
+            kept = (a if agrees else zero) + (b if too else zero)
+            divisor[i] = kept + (c if as_well else zero)
+        done = 3
+    else:
+        merged[:] = zero
+        divisor[:] = zero
+    for r in range(done, n):
+        a, row = kind(weights[r]), deltas[r, start:stop]
         for i in range(sign.size):
-            x = a * np.float64(left[i])
-            first = x * sign[i] > 0.0
-            merged[i] += x if first else 0.0
-            divisor[i] += a if first else 0.0
+            x = a * kind(row[i])
+            agrees = x * sign[i] > zero
+            merged[i] += x if agrees else zero
+            divisor[i] += a if agrees else zero
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -114,6 +124,7 @@ def elect_and_merge(
     merge: int,
     base: Array,
     scale: float,
+    work: Array,
     out: Array,
 ) -> None:
     """out = base + scale * (merge of the entries whose weighted sign is the elected one).
@@ -124,31 +135,31 @@ def elect_and_merge(
         weights: (n,) weights of the merge; a negative weight flips the sign an entry counts with.
         election: MASS, COUNT, SQUARE or LARGEST.
         tie_sign: +1, -1 or 0, the sign where votes cancel; 0 keeps nothing there.
+        work: (3, CHUNK) scratch; the merged sums are taken in its type (votes: in float64).
         merge: MEAN divides by the kept weights (by 1 where they sum to 0), SUM does not divide,
             MAX takes the largest kept magnitude.
     """
-    size = deltas.shape[1]
-    totals = np.empty(_CHUNK, np.float64)
-    sums = np.empty(_CHUNK, np.float64)
-    divisors = np.empty(_CHUNK, np.float64)
-    for start in range(0, size, _CHUNK):
-        stop = min(start + _CHUNK, size)
+    kind = work.dtype.type
+    one, zero, tie, factor = kind(1), kind(0), kind(tie_sign), kind(scale)
+    totals = np.empty(CHUNK, np.float64)
+    for start in range(0, out.size, CHUNK):
+        stop = min(start + CHUNK, out.size)
         total = totals[: stop - start]
-        merged = sums[: stop - start]
-        divisor = divisors[: stop - start]
+        sign, merged = work[0, : stop - start], work[1, : stop - start]
+        divisor = work[2, : stop - start]
         votes(deltas, start, ballots, election, total)
         for i in range(total.size):
-            total[i] = 1.0 if total[i] > 0 else (-1.0 if total[i] < 0 else np.float64(tie_sign))
+            sign[i] = one if total[i] > 0 else (-one if total[i] < 0 else tie)
         if merge == MAX:
-            _largest(deltas, start, weights, total, merged)
+            _largest(deltas, start, weights, sign, merged)
         else:
-            _agreeing(deltas, start, weights, total, merged, divisor)
+            _agreeing(deltas, start, weights, sign, merged, divisor)
         origin = base[start:stop]
         target = out[start:stop]
         if merge == MEAN:
             for i in range(total.size):
-                kept_weight = divisor[i] if divisor[i] != 0.0 else 1.0
-                target[i] = np.float64(origin[i]) + scale * (merged[i] / kept_weight)
+                kept_weight = divisor[i] if divisor[i] != zero else one
+                target[i] = kind(origin[i]) + factor * (merged[i] / kept_weight)
         else:
             for i in range(total.size):
-                target[i] = np.float64(origin[i]) + scale * merged[i]
+                target[i] = kind(origin[i]) + factor * merged[i]

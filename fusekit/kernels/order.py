@@ -59,6 +59,21 @@ def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> 
 
 
 @njit(nogil=True, cache=True)
+def count_brackets(keys: Array, brackets: Array, bins: Array, above: Array) -> None:
+    """Count the keys of rows in several brackets at once.
+
+    Args:
+        keys: (rows, m).
+        brackets: (k, 5) of the keys' type: row, low, high, shift, and where its bins begin.
+        bins: counters of all brackets, one after the other.
+        above: (k,) counts of the keys above each bracket.
+    """
+    for k in range(brackets.shape[0]):
+        row, first = keys[brackets[k, 0]], bins[brackets[k, 4] :]
+        above[k] += count_bracket(row, brackets[k, 1], brackets[k, 2], brackets[k, 3], first)
+
+
+@njit(nogil=True, cache=True)
 def find_rank(bins: Array, rank: int) -> tuple[int, int]:
     """(bin of the rank-th largest key, keys in higher bins); bin -1 if it lies below all."""
     greater = 0
@@ -95,15 +110,26 @@ def keep_above(row: Array, threshold: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def keep_above_and_first(row: Array, threshold: Any, budget: int) -> None:
-    """As `keep_above`, but keep the first `budget` entries equal to the threshold as well."""
+def keep_first(row: Array, threshold: Any, left: int) -> int:
+    """As `keep_above`, but keep the first `left` entries equal to the threshold as well.
+
+    Returns how many equal entries it kept.
+    """
     zero = row.dtype.type(0)
-    for i in range(row.size):
-        magnitude = abs(row[i])
-        if magnitude < threshold:
-            row[i] = zero
-        elif magnitude == threshold:
-            if budget > 0:
-                budget -= 1
-            else:
-                row[i] = zero
+    before = left
+    for start in range(0, row.size, _CHUNK):
+        part = row[start : start + _CHUNK]
+        equal = count_equal(part, threshold) if left > 0 else 0
+        if equal == 0:
+            keep_above(part, threshold)
+        elif equal <= left:
+            keep_at_least(part, threshold)
+            left -= equal
+        else:
+            for i in range(part.size):
+                magnitude = abs(part[i])
+                if magnitude == threshold and left > 0:
+                    left -= 1
+                elif magnitude <= threshold:
+                    part[i] = zero
+    return before - left

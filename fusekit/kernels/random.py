@@ -10,6 +10,9 @@ from numba import njit
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _GRANULE = 8192
+_RUN = 1024
+_HALF = 512
+_LOW = np.uint32(0xFFFF)
 _C1 = np.uint32(0x7FEB352D)
 _C2 = np.uint32(0x846CA68B)
 
@@ -57,16 +60,64 @@ def uniform_bits(key: np.uint64, start: int, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _pair(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
+    """A hash whose both halves are well mixed: two 16-bit draws."""
+    h = _hash(offset, first, second)
+    return np.uint32(h ^ (h >> np.uint32(16)))
+
+
+@njit(nogil=True, cache=True)
+def _settle_ties(
+    part: Array, offset: int, first: np.uint32, second: np.uint32, threshold: np.uint32, rest: Any
+) -> None:
+    """Zero the entries whose draw equals the threshold and whose second draw is not below `rest`.
+
+    `part` starts `offset` elements into its granule.
+    """
+    zero = part.dtype.type(0)
+    for i in range(part.size):
+        run, lane = divmod(offset + i, _RUN)
+        pair = _pair(run * _HALF + lane % _HALF, first, second)
+        draw = np.uint32(pair & _LOW) if lane < _HALF else np.uint32(pair >> np.uint32(16))
+        if draw == threshold and not _hash(offset + i, second, first) < rest:
+            part[i] = zero
+
+
+@njit(nogil=True, cache=True)
 def drop(row: Array, density: float, key: np.uint64, start: int) -> None:
-    """Zero each entry with probability 1 - density (to 2^-32), by the same numbers."""
-    threshold = np.uint32(min(np.floor(density * 4294967296.0), 4294967295.0))
+    """Zero each entry with probability 1 - density, decided by its key and position.
+
+    A run of 1024 entries takes its draws from 512 hashes: entry l < 512 the lower half of the l-th,
+    entry 512 + l the upper. A draw of 16 bits settles all but one entry in 65,536; for those a
+    second one of 32 bits is taken.
+    """
+    scaled = density * 65536.0
+    threshold = np.uint32(min(np.floor(scaled), 65535.0))
+    rest = min((scaled - np.float64(threshold)) * 4294967296.0, 4294967296.0)
     zero = row.dtype.type(0)
+    pairs = np.empty(_HALF, np.uint32)
     i = 0
     while i < row.size:
         granule, offset = divmod(start + i, _GRANULE)
-        run = min(row.size - i, _GRANULE - offset)
         first, second = _granule_keys(key, granule)
-        part = row[i : i + run]
-        for j in range(run):
-            part[j] = part[j] if _hash(offset + j, first, second) < threshold else zero
-        i += run
+        run, lane = divmod(offset, _RUN)
+        count = min(row.size - i, _RUN - lane)
+        part = row[i : i + count]
+        for j in range(_HALF):
+            pairs[j] = _pair(run * _HALF + j, first, second)
+        ties = np.uint32(0)
+        lower = part[: max(_HALF - lane, 0)]
+        draws = pairs[min(lane, _HALF) :]
+        for j in range(lower.size):
+            draw = np.uint32(draws[j] & _LOW)
+            ties |= np.uint32(draw == threshold)
+            lower[j] = lower[j] if draw <= threshold else zero
+        upper = part[lower.size :]
+        draws = pairs[max(lane - _HALF, 0) :]
+        for j in range(upper.size):
+            draw = np.uint32(draws[j] >> np.uint32(16))
+            ties |= np.uint32(draw == threshold)
+            upper[j] = upper[j] if draw <= threshold else zero
+        if ties:
+            _settle_ties(part, offset, first, second, threshold, rest)
+        i += count

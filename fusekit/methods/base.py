@@ -11,7 +11,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from fusekit.checkpoint.layers import Layer
 from fusekit.kernels import GRANULE
@@ -150,20 +150,78 @@ class Tensor:
         return [values[parameter] for values in self.model_parameters]
 
 
-@dataclass
-class Block:
-    """A run of elements of one tensor, decoded: what kernels work on.
+@dataclass(frozen=True)
+class Packed:
+    """The operands of a block as they were read, where all are of one 16-bit type.
 
-    `rows` is (models, m): the models, or their task vectors where the request asked for deltas.
-    `base` is (m,), or empty without a base. `start` is the position of the first element.
+    `bits` is (operands, elements), the base last; the block's elements begin at `start`. `kind` is
+    how kernels call the type. Who decodes `bits` writes the numbers of NaN and infinite entries to
+    `special`.
     """
 
-    tensor: Tensor
-    rows: Array
-    base: Array
+    bits: Array
+    kind: int
     start: int
-    scratch: Callable[[str, tuple[int, ...], Any], Array]
-    """Reusable working memory by name, shape and dtype; contents are undefined."""
+    special: Array
+
+
+class Block:
+    """A run of elements of one tensor: what kernels work on.
+
+    `rows` is (models, m): the models, or their task vectors where the request asked for deltas.
+    `base` is (m,), or empty without a base. `start` is the position of the first element. Rows and
+    base are decoded when they are first asked for; kernels that decode for themselves take
+    `packed`, where there is one, instead. `scratch` is reusable working memory by name, shape and
+    dtype; its contents are undefined.
+    """
+
+    __slots__ = ("_base", "_rows", "packed", "read", "scratch", "size", "start", "tensor")
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        start: int,
+        size: int,
+        scratch: Callable[[str, tuple[int, ...], Any], Array],
+        read: Operands,
+        packed: Packed | None = None,
+    ) -> None:
+        self.tensor = tensor
+        self.start = start
+        self.size = size
+        self.scratch = scratch
+        self.read = read
+        self.packed = packed
+        self._rows: Array | None = None
+        self._base: Array | None = None
+
+    @property
+    def rows(self) -> Array:
+        if self._rows is None:
+            self._rows = self.read.rows(self)
+        return self._rows
+
+    @property
+    def base(self) -> Array:
+        if self._base is None:
+            self._base = self.read.base(self)
+        return self._base
+
+    def with_rows(self, rows: Array) -> Block:
+        """The same block with other rows."""
+        other = Block(self.tensor, self.start, self.size, self.scratch, self.read)
+        other._rows, other._base = rows, self.base
+        return other
+
+
+class Operands(Protocol):
+    """Decodes the operands of a block."""
+
+    def rows(self, block: Block) -> Array:
+        """(models, m), task vectors where they are asked for."""
+
+    def base(self, block: Block) -> Array:
+        """(m,), or empty without a base."""
 
 
 class Request(ABC):
@@ -238,6 +296,10 @@ class OrderStatistics(Summary):
     @abstractmethod
     def values(self, block: Block) -> Array:
         """(rows, m) values to be ordered; may be the block's own rows, changed in place."""
+
+    def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
+        """Count the values' keys as `kernels.order.count_brackets`, if it can without `values`."""
+        return False
 
 
 class Sequential(Summary):
@@ -349,11 +411,11 @@ class Method:
     """What becomes of tensors that are not merged as a whole, in words."""
     statistic: Callable[[Tensor], str] | None = None
     """The entry in every model's file of statistics that merging a tensor as a whole needs."""
+    statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
+    """The shapes that entry may have."""
     passes: str = "one"
     use_when: str = ""
     caveats: str = ""
 
     def parameter(self, name: str) -> Parameter | None:
         return next((p for p in self.parameters if p.name == name), None)
-    statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
-    """The shapes that entry may have."""

@@ -22,9 +22,15 @@ class Linear(Combine):
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 
-        base = block.base if self.base_weight else block.base[:0]
         weights = np.array(self.weights, dtype=np.float64)
-        kernels.linear.weighted_sum(block.rows, weights, base, self.base_weight, out)
+        packed = block.packed
+        if packed is None:
+            base = block.base if self.base_weight else block.base[:0]
+            kernels.linear.weighted_sum(block.rows, weights, base, self.base_weight, out)
+            return
+        kernels.tiles.combine(
+            packed.bits, packed.kind, packed.start, weights, self.base_weight, packed.special, out
+        )
 
 
 def linear(weights: list[float], base_weight: float = 0.0) -> Combine:

@@ -14,6 +14,7 @@ from fusekit.methods.base import Block, Parameter, Sequential, Tensor
 from fusekit.methods.pruning import (
     Pruning,
     RowPruning,
+    Step,
     emptied,
     explicit_mask,
     l1_scales,
@@ -110,7 +111,7 @@ class RankDrops(Sequential):
         import numpy as np
 
         rows = rows_of(block.tensor.shape, self.rank_over)
-        keep = block.scratch("keep", (block.rows.shape[1],), np.uint8)
+        keep = block.scratch("keep", (block.size,), np.uint8)
         for model, ramp in enumerate(self.ramps):
             if ramp is None:
                 continue
@@ -141,12 +142,15 @@ def _as_integers(row: Array) -> tuple[Array, int, int]:
 
 @dataclass(frozen=True, eq=False)
 class KeepDrawn(RowPruning):
-    """Keep the entries whose flag is set."""
+    """Keep the entries whose flag is set; `packed` has a row of flags per model."""
 
     packed: Array
 
     def thin(self, row: Array, block: Block) -> None:
-        kernels.ranks.keep_packed(row, block.start, self.packed)
+        kernels.ranks.keep_packed(row, block.start, self.packed[self.model])
+
+    def step(self, tensor: Tensor) -> Step:
+        return Step("KEEP_PACKED", self.model, flags=self.packed)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,7 +241,7 @@ def rank_based(tensor: Tensor) -> Pruned:
     if tensor["rescale"] == "inverse":
         prunings += _divisions(ramps, over)
     drawn = [model for model, ramp in enumerate(ramps) if ramp is not None]
-    prunings += [KeepDrawn(model, packed[model]) for model in drawn]
+    prunings += [KeepDrawn(model, packed) for model in drawn]
     if tensor["rescale"] == "l1":
         prunings += l1_scales(*totals.T.tolist())
     return tuple(prunings)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
@@ -25,6 +27,18 @@ if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
 
+@dataclass(frozen=True)
+class Step:
+    """A pruning of one model as `kernels.tiles` knows it; `kind` by its name there."""
+
+    kind: str
+    model: int
+    value: float = 0.0
+    key: int = 0
+    cut: Cut | None = None
+    flags: Array | None = None
+
+
 class Pruning(ABC):
     """Zeroes or scales entries of the models' rows."""
 
@@ -35,6 +49,10 @@ class Pruning(ABC):
     @abstractmethod
     def apply(self, block: Block) -> None:
         """Change the block's rows in place."""
+
+    def step(self, tensor: Tensor) -> Step | None:
+        """The same as a step of a program, where there is one."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +80,47 @@ def prune(block: Block, prunings: Prunings) -> Array:
     return block.rows
 
 
+@dataclass(frozen=True)
+class Program:
+    """Prunings in the form that `kernels.tiles` runs on packed operands."""
+
+    steps: Array
+    values: Array
+    keys: Array
+    flags: Array
+    cuts: tuple[tuple[int, Cut], ...]
+
+    @contextmanager
+    def on(self, block: Block) -> Iterator[tuple[Array, ...]]:
+        """The kernels' arguments for a block; afterwards cuts know what is left of their ties."""
+        import numpy as np
+
+        left = np.zeros(len(self.steps), np.int64)
+        for number, cut in self.cuts:
+            left[number] = cut.left(block.start)
+        yield self.steps, self.values, self.keys, left, self.flags
+        for number, cut in self.cuts:
+            cut.leave(int(left[number]))
+
+
+def _compiled(tensor: Tensor, prunings: Prunings) -> Program | None:
+    import numpy as np
+
+    steps = [pruning.step(tensor) for pruning in prunings]
+    known = [step for step in steps if step is not None]
+    if len(known) < len(steps):
+        return None
+    kinds = kernels.tiles
+    flags = next((step.flags for step in known if step.flags is not None), None)
+    return Program(
+        np.array([(getattr(kinds, s.kind), s.model) for s in known], np.int64).reshape(-1, 2),
+        np.array([step.value for step in known], np.float64),
+        np.array([step.key for step in known], np.uint64),
+        np.empty((0, 0), np.uint8) if flags is None else flags,
+        tuple((number, s.cut) for number, s in enumerate(known) if s.cut is not None),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class OnPruned(Request):
     """A request whose rows are task vectors after prunings."""
@@ -73,6 +132,18 @@ class OnPruned(Request):
     def unit(self, shape: tuple[int, ...]) -> int:
         return max((pruning.unit(shape) for pruning in self.prunings), default=1)
 
+    @cached_property
+    def _programs(self) -> list[Program | None]:
+        return []
+
+    def program(self, block: Block) -> Program | None:
+        """The prunings as a program, where they and the block's operands allow one."""
+        if block.packed is None:
+            return None
+        if not self._programs:
+            self._programs.append(_compiled(block.tensor, self.prunings))
+        return self._programs[0]
+
 
 @dataclass(frozen=True, eq=False)
 class Scale(RowPruning):
@@ -82,6 +153,9 @@ class Scale(RowPruning):
 
     def thin(self, row: Array, block: Block) -> None:
         row *= row.dtype.type(self.factor)
+
+    def step(self, tensor: Tensor) -> Step:
+        return Step("SCALE", self.model, self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,6 +173,11 @@ class RandomDrop(RowPruning):
         elif self.density < 1.0:
             key = np.uint64(block.tensor.keys[self.model])
             kernels.random.drop(row, self.density, key, block.start)
+
+    def step(self, tensor: Tensor) -> Step | None:
+        if explicit_mask(tensor, self.model) is not None:
+            return None
+        return Step("DROP", self.model, self.density, tensor.keys[self.model])
 
 
 def explicit_mask(tensor: Tensor, model: int) -> Array | None:
@@ -127,6 +206,9 @@ class KeepAbove(RowPruning):
     def thin(self, row: Array, block: Block) -> None:
         kernels.order.keep_above(row, row.dtype.type(self.threshold))
 
+    def step(self, tensor: Tensor) -> Step:
+        return Step("KEEP_ABOVE", self.model, self.threshold)
+
 
 @dataclass(frozen=True, eq=False)
 class Cut:
@@ -142,42 +224,34 @@ class Cut:
     ties_before: Array | None = None
     _left: list[int] = field(default_factory=lambda: [0])
 
+    def left(self, start: int) -> int:
+        """Entries equal to the threshold that lie before the cut, from element `start` on."""
+        assert self.ties is not None
+        if self.ties_before is not None:
+            return self.ties - int(self.ties_before[start // GRANULE])
+        return self.ties if start == 0 else self._left[0]
+
+    def leave(self, left: int) -> None:
+        """Remember how many are left behind the block just cut."""
+        self._left[0] = left
+
     def keep_before(self, row: Array, start: int) -> None:
         """Zero the entries behind the cut; `row` holds elements start, start + 1, ..."""
-        order = kernels.order
-        self._choose(row, start, order.keep_at_least, order.keep_above, order.keep_above_and_first)
+        threshold = row.dtype.type(self.threshold)
+        if self.ties is None:
+            kernels.order.keep_at_least(row, threshold)
+            return
+        left = self.left(start)
+        self.leave(left - kernels.order.keep_first(row, threshold, left))
 
     def drop_before(self, row: Array, start: int) -> None:
         """Zero the entries before the cut."""
-        thin = kernels.thin
-        self._choose(row, start, thin.drop_at_least, thin.drop_above, thin.drop_above_and_first)
-
-    def _choose(self, row: Array, start: int, all_ties: Any, no_ties: Any, some: Any) -> None:
-        """Call the kernel that fits how many of the row's equal entries lie before the cut."""
         threshold = row.dtype.type(self.threshold)
         if self.ties is None:
-            all_ties(row, threshold)
+            kernels.thin.drop_at_least(row, threshold)
             return
-        left, equal = self._count(row, start, threshold)
-        if left <= 0:
-            no_ties(row, threshold)
-        elif equal is not None and equal <= left:
-            all_ties(row, threshold)
-        else:
-            some(row, threshold, left)
-
-    def _count(self, row: Array, start: int, threshold: Any) -> tuple[int, int | None]:
-        """(ties left at the row's first element, equal entries of the row where known)."""
-        assert self.ties is not None
-        if self.ties_before is not None:
-            granule, after = start // GRANULE, -(-(start + row.size) // GRANULE)
-            before = int(self.ties_before[granule])
-            known = after < len(self.ties_before)
-            return self.ties - before, int(self.ties_before[after]) - before if known else None
-        left = self.ties if start == 0 else self._left[0]
-        equal = int(kernels.order.count_equal(row, threshold)) if left > 0 else 0
-        self._left[0] = left - equal
-        return left, equal
+        left = self.left(start)
+        self.leave(left - kernels.thin.drop_first(row, threshold, left))
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,6 +263,11 @@ class KeepLargest(RowPruning):
     def thin(self, row: Array, block: Block) -> None:
         self.cut.keep_before(row, block.start)
 
+    def step(self, tensor: Tensor) -> Step:
+        if self.cut.ties is None:
+            return Step("KEEP_AT_LEAST", self.model, self.cut.threshold)
+        return Step("KEEP_FIRST", self.model, self.cut.threshold, cut=self.cut)
+
 
 @dataclass(frozen=True, eq=False)
 class DropLargest(RowPruning):
@@ -198,6 +277,11 @@ class DropLargest(RowPruning):
 
     def thin(self, row: Array, block: Block) -> None:
         self.cut.drop_before(row, block.start)
+
+    def step(self, tensor: Tensor) -> Step:
+        if self.cut.ties is None:
+            return Step("DROP_AT_LEAST", self.model, self.cut.threshold)
+        return Step("DROP_FIRST", self.model, self.cut.threshold, cut=self.cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +304,16 @@ class Magnitudes(Ordered):
 
     def values(self, block: Block) -> Array:
         return prune(block, self.prunings)
+
+    def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
+        program, packed = self.program(block), block.packed
+        if program is None or packed is None:
+            return False
+        place = packed.bits, packed.kind, packed.start, block.size, block.start
+        models, special = block.tensor.models, packed.special
+        with program.on(block) as steps:
+            kernels.tiles.count_brackets(*place, *steps, brackets, bins, above, models, special)
+        return True
 
 
 class Variances(Ordered):
@@ -264,6 +358,25 @@ class TiesBefore(Cumulative):
                 out[grain, column] = kernels.order.count_equal(part[row], equal)
 
 
+def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, out: Array) -> None:
+    """Sums of the pruned task vectors per grain and model; `unpruned` puts those before in front.
+
+    `what` is one of `kernels.norms`' sums.
+    """
+    grain = request.grain(block.tensor.shape)
+    program, packed = request.program(block), block.packed
+    if program is not None and packed is not None and grain == GRANULE:
+        place = packed.bits, packed.kind, packed.start, block.size, block.start
+        with program.on(block) as steps:
+            kernels.tiles.sums(*place, *steps, what, unpruned, packed.special, out)
+        return
+    n, sums = block.tensor.models, kernels.norms.sums
+    if unpruned:
+        sums(block.rows, what, grain, out[:, :n])
+        out = out[:, n:]
+    sums(prune(block, request.prunings), what, grain, out)
+
+
 @dataclass(frozen=True, eq=False)
 class PrunedSums(OnPruned, Additive):
     """sum |v| of every task vector before and after pruning: (2, models)."""
@@ -277,10 +390,7 @@ class PrunedSums(OnPruned, Additive):
         return PrunedSums
 
     def measure(self, block: Block, out: Array) -> None:
-        n, norms = len(block.rows), kernels.norms
-        grain = self.grain(block.tensor.shape)
-        norms.sums(block.rows, norms.MAGNITUDES, grain, out[:, :n])
-        norms.sums(prune(block, self.prunings), norms.MAGNITUDES, grain, out[:, n:])
+        add_up_pruned(block, self, kernels.norms.MAGNITUDES, True, out)
 
     def result(self, total: Array) -> Array:
         return total.reshape(2, -1)

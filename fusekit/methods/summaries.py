@@ -25,7 +25,20 @@ class Gram(Additive):
         return self.models * (self.models + 1) // 2
 
     def measure(self, block: Block, out: Array) -> None:
-        kernels.gram.gram(block.rows, out)
+        packed = block.packed
+        if packed is None:
+            kernels.gram.gram(block.rows, out)
+            return
+        kernels.tiles.products(
+            packed.bits,
+            packed.kind,
+            packed.start,
+            block.size,
+            self.deltas,
+            self.models,
+            packed.special,
+            out,
+        )
 
     def result(self, total: Array) -> Matrix:
         return _symmetric(total.tolist(), self.models)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusekit import kernels
@@ -45,11 +45,14 @@ class StandOut(OnPruned, Combine):
         if self.ties:
             rows = block.scratch("trimmed", block.rows.shape, block.rows.dtype)
             rows[:] = block.rows
-            trimmed = prune(replace(block, rows=rows), self.prunings)
+            trimmed = prune(block.with_rows(rows), self.prunings)
             zeros = block.scratch("zeros", block.base.shape, block.rows.dtype)
             zeros[:] = 0
             ones = np.ones(n)
-            kernels.elect.elect_and_merge(trimmed, ones, ones, _MASS, 1, _SUM, zeros, 1.0, update)
+            work = block.scratch("work", (3, kernels.elect.CHUNK), np.float64)
+            kernels.elect.elect_and_merge(
+                trimmed, ones, ones, _MASS, 1, _SUM, zeros, 1.0, work, update
+            )
         else:
             kernels.linear.weighted_sum(block.rows, np.ones(n), block.base[:0], 0.0, update)
         keep = empty_masks(block)

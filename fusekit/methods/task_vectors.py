@@ -28,6 +28,8 @@ from fusekit.methods.pruning import (
     OnPruned,
     Prunings,
     RowPruning,
+    Scale,
+    add_up_pruned,
     drop_random,
     drop_smallest,
     inverse_density,
@@ -56,9 +58,15 @@ class PrunedSum(OnPruned, Combine):
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 
-        rows = prune(block, self.prunings)
         weights = np.array(self.weights, dtype=np.float64)
-        kernels.linear.weighted_sum(rows, weights, block.base, 1.0, out)
+        program, packed = self.program(block), block.packed
+        if program is None or packed is None:
+            rows = prune(block, self.prunings)
+            kernels.linear.weighted_sum(rows, weights, block.base, 1.0, out)
+            return
+        place = packed.bits, packed.kind, packed.start, block.start
+        with program.on(block) as steps:
+            kernels.tiles.weighted_sum(*place, *steps, weights, packed.special, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,17 +83,22 @@ class ElectedMerge(OnPruned, Combine):
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 
-        kernels.elect.elect_and_merge(
-            prune(block, self.prunings),
-            np.array(self.ballots, dtype=np.float64),
-            np.array(self.weights, dtype=np.float64),
-            self.election,
-            self.tie_sign,
-            self.merge,
-            block.base,
-            self.scale,
-            out,
-        )
+        ballots = np.array(self.ballots, dtype=np.float64)
+        weights = np.array(self.weights, dtype=np.float64)
+        choices = (self.election, self.tie_sign, self.merge)
+        program, packed = self.program(block), block.packed
+        if program is None or packed is None:
+            rows, elect = prune(block, self.prunings), kernels.elect
+            work = block.scratch("work", (3, elect.CHUNK), np.float64)
+            elect.elect_and_merge(
+                rows, ballots, weights, *choices, block.base, self.scale, work, out
+            )
+            return
+        place = packed.bits, packed.kind, packed.start, block.start
+        with program.on(block) as steps:
+            kernels.tiles.elect_and_merge(
+                *place, *steps, ballots, weights, *choices, self.scale, packed.special, out
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,9 +137,7 @@ class SquaredNorms(OnPruned, Additive):
         return SquaredNorms
 
     def measure(self, block: Block, out: Array) -> None:
-        rows = prune(block, self.prunings)
-        norms = kernels.norms
-        norms.sums(rows, norms.SQUARES, self.grain(block.tensor.shape), out)
+        add_up_pruned(block, self, kernels.norms.SQUARES, False, out)
 
 
 def given_weights(tensor: Tensor) -> tuple[float, ...]:
@@ -141,6 +152,9 @@ def add_up(tensor: Tensor, prunings: Prunings, weights: Sequence[float]) -> Comb
         total = sum(weights)
         scale /= total if abs(total) >= 1e-8 else 1.0
     weights = [scale * weight for weight in weights]
+    while prunings and isinstance(last := prunings[-1], Scale):
+        prunings = prunings[:-1]
+        weights[last.model] *= last.factor
     if not prunings:
         return linear(weights, 1.0 - sum(weights))
     return PrunedSum(prunings, tuple(weights))

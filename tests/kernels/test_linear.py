@@ -53,7 +53,8 @@ def test_weighted_sum_accumulates_in_float64_and_rounds_once(
         expected = in_order(weights, rows, np.zeros(size))
     else:
         linear.weighted_sum(rows, weights, base, base_weight, out)
-        expected = in_order(weights, rows, base_weight * base.astype(np.float64))
+        expected = in_order(weights, rows, np.zeros(size))
+        expected += base_weight * base.astype(np.float64)
     np.testing.assert_array_max_ulp(out, expected.astype(dtype), 1 if dtype == np.float32 else 16)
 
 

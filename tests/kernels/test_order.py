@@ -98,8 +98,9 @@ def test_keep_above_drops_the_threshold_itself(dtype: Any) -> None:
 @pytest.mark.parametrize("budget", range(6))
 def test_of_equal_entries_the_first_ones_are_kept(dtype: Any, budget: int) -> None:
     row = ROW.astype(dtype)
-    order.keep_above_and_first(row, dtype(2), budget)
+    used = order.keep_first(row, dtype(2), budget)
     expected = np.array([3, 0, 0, 2, -2, 2, 0, -3, 2, 0], dtype)
     equal = np.flatnonzero(np.abs(expected) == 2)
     expected[equal[budget:]] = 0
     np.testing.assert_array_equal(row, expected)
+    assert used == min(budget, equal.size)

@@ -108,6 +108,34 @@ def test_what_a_smaller_density_keeps_a_larger_one_keeps_too() -> None:
     assert (few <= many).all()
 
 
+def test_a_density_between_two_sixteen_bit_draws_is_met() -> None:
+    """Half a step above 3/65536: the second draw decides one entry in 65,536."""
+    density, count = 3.5 / 65536, 1 << 24
+    expected = count * density
+    assert abs(kept(density, key=21, count=count).sum() - expected) < 4 * np.sqrt(expected)
+    below = kept(3 / 65536, key=21, count=count).sum()
+    assert below < kept(density, key=21, count=count).sum() < kept(4 / 65536, 21, 0, count).sum()
+
+
+@pytest.mark.parametrize("lag", [1, 2, 512, 1024, 4096, 8192])
+def test_drops_at_a_distance_are_independent(lag: int) -> None:
+    keep = kept(0.5, key=77).astype(np.int64)
+    assert_uniform(keep[:-lag] * 2 + keep[lag:], 4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    key=st.integers(0, 2**64 - 1),
+    start=st.integers(0, 1 << 40),
+    cuts=st.lists(st.integers(0, 12_000), max_size=5),
+)
+def test_drops_are_the_same_however_the_range_is_cut(key: int, start: int, cuts: list[int]) -> None:
+    whole = kept(0.4, key, start, 12_000)
+    edges = [0, *sorted(cuts), 12_000]
+    pieces = [kept(0.4, key, start + a, b - a) for a, b in itertools.pairwise(edges)]
+    np.testing.assert_array_equal(np.concatenate(pieces), whole)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_kept_entries_are_unchanged_and_dropped_ones_zero(dtype: Any) -> None:
     row = np.random.default_rng(0).standard_normal(5000).astype(dtype)
