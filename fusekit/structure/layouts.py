@@ -20,6 +20,7 @@ class MoeLayout:
     """
 
     name: str
+    model_type: str
     architecture: str
     inputs: tuple[str, ...]
     expert: str
@@ -31,6 +32,9 @@ class MoeLayout:
     shared_counts: tuple[int, ...] = (0,)
     attention_biases: bool = False
     """Whether q, k and v have biases, which are made zero where the base has none."""
+    correction: str | None = None
+    """The name of per-expert corrections of scores, which are made zero. Their routers score by
+    sigmoids, which would saturate for rows of length 1: the rows get the length 1 / sqrt(H)."""
 
 
 def _mixtral(config: Mapping[str, Any], experts: int, k: int, _shared: int) -> dict[str, Any]:
@@ -54,13 +58,38 @@ def _qwen(config: Mapping[str, Any], experts: int, k: int, shared: int) -> dict[
 def _deepseek(config: Mapping[str, Any], experts: int, k: int, shared: int) -> dict[str, Any]:
     return {
         "n_routed_experts": experts,
-        "n_shared_experts": shared or None,
+        "n_shared_experts": shared,
         "num_experts_per_tok": k,
         "moe_intermediate_size": config["intermediate_size"],
         "first_k_dense_replace": 0,
-        "moe_layer_freq": 1,
         "norm_topk_prob": True,
+    }
+
+
+def _deepseek_v1(config: Mapping[str, Any], experts: int, k: int, shared: int) -> dict[str, Any]:
+    settings = _deepseek(config, experts, k, shared)
+    return {
+        **settings,
+        "n_shared_experts": shared or None,
+        "moe_layer_freq": 1,
         "scoring_func": "softmax",
+    }
+
+
+def _glm(config: Mapping[str, Any], experts: int, k: int, shared: int) -> dict[str, Any]:
+    whole: dict[str, Any] = {"partial_rotary_factor": 1.0}
+    rope = config.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        whole["rope_parameters"] = {**rope, "partial_rotary_factor": 1.0}
+    return {
+        **_deepseek(config, experts, k, shared),
+        **whole,
+        "n_group": 1,
+        "topk_group": 1,
+        "routed_scaling_factor": 1.0,
+        "use_qk_norm": config["model_type"] == "qwen3",
+        "attention_bias": config["model_type"] == "qwen2",
+        "num_nextn_predict_layers": 0,
     }
 
 
@@ -71,6 +100,7 @@ LAYOUTS = {
     for layout in (
         MoeLayout(
             "mixtral",
+            "mixtral",
             "MixtralForCausalLM",
             ("llama", "mistral"),
             "block_sparse_moe.experts.{expert}.{projection}.weight",
@@ -79,6 +109,7 @@ LAYOUTS = {
             _mixtral,
         ),
         MoeLayout(
+            "qwen2_moe",
             "qwen2_moe",
             "Qwen2MoeForCausalLM",
             ("qwen2", "llama", "mistral"),
@@ -93,6 +124,7 @@ LAYOUTS = {
         ),
         MoeLayout(
             "qwen3_moe",
+            "qwen3_moe",
             "Qwen3MoeForCausalLM",
             ("qwen3",),
             "mlp.experts.{expert}.{projection}.weight",
@@ -100,19 +132,59 @@ LAYOUTS = {
             _SAME,
             _qwen,
         ),
+        # DeepSeek's experts with the attention of dense models: transformers' class for both.
         MoeLayout(
+            "deepseek",
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            ("llama", "mistral", "qwen2", "qwen3"),
+            "mlp.experts.{expert}.{projection}.weight",
+            "mlp.gate.weight",
+            _SAME,
+            _glm,
+            shared="mlp.shared_experts.{projection}.weight",
+            shared_counts=(0, 1),
+            correction="mlp.gate.e_score_correction_bias",
+        ),
+        MoeLayout(
+            "deepseek_v1",
             "deepseek",
             "DeepseekForCausalLM",
             ("llama",),
             "mlp.experts.{expert}.{projection}.weight",
             "mlp.gate.weight",
             _SAME,
-            _deepseek,
+            _deepseek_v1,
             shared="mlp.shared_experts.{projection}.weight",
             shared_counts=(0, 1),
         ),
     )
 }
+
+_OTHER_NAMES = {"qwen": "qwen2_moe", "qwen_moe": "qwen2_moe", "deepseek_moe": "deepseek"}
+"""What else recipes call layouts."""
+
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "max_position_embeddings": 32768, "head_dim": 128},
+}
+"""What the dense families' configs leave out, since mixtures have other defaults."""
+
+
+def complete_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A dense model's config with everything said that its family takes for granted."""
+    defaults = {
+        "num_key_value_heads": config.get("num_attention_heads"),
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        **_DEFAULTS.get(str(config.get("model_type")), {}),
+    }
+    if "rope_parameters" not in config:
+        defaults["rope_theta"] = 10000.0
+    missing = {key: value for key, value in defaults.items() if config.get(key) is None}
+    return {**config, **missing}
 
 
 def choose_layout(name: str | None, model_type: str | None, shared: int) -> MoeLayout:
@@ -135,15 +207,17 @@ def choose_layout(name: str | None, model_type: str | None, shared: int) -> MoeL
             f"shared_experts: found {shared}, and no layout takes them from "
             f"a model of type {model_type!r}"
         )
-    if name not in LAYOUTS:
+    plain = name.lower().replace(" ", "_").replace("-", "_")
+    known_as = _OTHER_NAMES.get(plain, plain)
+    if known_as not in LAYOUTS:
         raise RecipeError(f"architecture: unknown layout {name!r}{did_you_mean(name, LAYOUTS)}")
-    layout = LAYOUTS[name]
+    layout = LAYOUTS[known_as]
     if model_type not in layout.inputs:
         raise RecipeError(
-            f"architecture: {name} takes models of type {' or '.join(layout.inputs)}, "
+            f"architecture: {layout.name} takes models of type {' or '.join(layout.inputs)}, "
             f"base_model is {model_type!r}"
         )
     if shared not in layout.shared_counts:
         expected = " or ".join(map(str, layout.shared_counts))
-        raise RecipeError(f"shared_experts: found {shared}, expected {expected} for {name}")
+        raise RecipeError(f"shared_experts: found {shared}, expected {expected} for {layout.name}")
     return layout

@@ -32,7 +32,7 @@ from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.methods.registry import find
 from fusekit.recipe.documents import read_documents
 from fusekit.recipe.schema import Reference, load_recipe
-from fusekit.structure.layouts import PROJECTIONS, MoeLayout, choose_layout
+from fusekit.structure.layouts import PROJECTIONS, MoeLayout, choose_layout, complete_config
 from fusekit.structure.prompts import GateMode, prompt_rows
 from fusekit.structure.routers import Array, degenerate_layers
 
@@ -207,7 +207,7 @@ class _Mixture:
         self.recipe = recipe
         self.base = models[recipe.base_model]
         self._models = models
-        self.config = self.base.config() or {}
+        self.config = complete_config(self.base.config() or {})
         self.layout: MoeLayout = choose_layout(
             recipe.architecture, self.config.get("model_type"), len(recipe.shared_experts)
         )
@@ -223,9 +223,12 @@ class _Mixture:
                 f"{self.base.source.label}: expected gate_proj, up_proj and down_proj in the mlp "
                 "of every layer"
             )
-        self.hidden = self.base.source.tensors[f"{self.layers[0]}.mlp.gate_proj.weight"].shape[1]
-        kind = self.base.source.tensors[f"{self.layers[0]}.mlp.gate_proj.weight"].dtype
-        self._dtype = dtype_named(recipe.dtype) if recipe.dtype else kind
+        if self.layout.correction is not None and len(recipe.experts) < 2:
+            raise RecipeError(f"experts: found 1, expected at least 2 for {self.layout.name}")
+        gate = self.base.source.tensors[f"{self.layers[0]}.mlp.gate_proj.weight"]
+        self.hidden = gate.shape[1]
+        self.config.setdefault("intermediate_size", gate.shape[0])
+        self.dtype = dtype_named(recipe.dtype) if recipe.dtype else gate.dtype
 
     def source(self, routers: tuple[Array, Array | None]) -> TensorSource:
         """Everything together, under the names of the layout."""
@@ -238,6 +241,12 @@ class _Mixture:
             parts.append(self._expert(expert, self.layout.shared, len(self.recipe.experts)))
         parts.append(MemorySource(self._made(routers), "routers"))
         return ShardedSource(self.base.source.label, parts)
+
+    def has_other_types(self) -> bool:
+        """Whether experts come in another element type than the base's MLPs."""
+        experts = (*self.recipe.experts, *self.recipe.shared_experts)
+        offered = [self._models[expert.source_model].source.tensors for expert in experts]
+        return any(tensors[name].dtype != self.dtype for tensors in offered for name in self._mlp)
 
     def _expert(self, expert: Expert, pattern: str, index: int) -> TensorSource:
         model = self._models[expert.source_model]
@@ -265,11 +274,17 @@ class _Mixture:
 
     def _made(self, routers: tuple[Array, Array | None]) -> dict[str, Array]:
         """Tensors that no dense model has: routers, gates of shared experts, zero biases."""
-        kind = self._dtype.numpy
+        kind = self.dtype.numpy
         made: dict[str, Array] = {}
         gates, shared = routers
+        if self.layout.correction is not None:
+            gates = gates * self.hidden**-0.5
         for i, layer in enumerate(self.layers):
             made[f"{layer}.{self.layout.router}"] = gates[i].astype(kind)
+            if self.layout.correction is not None:
+                made[f"{layer}.{self.layout.correction}"] = np.zeros(len(gates[i]), np.float32)
+            if self.layout.correction is not None and not self.recipe.shared_experts:
+                made |= self._empty_shared(layer)
             if self.layout.shared_gate is not None and shared is not None:
                 made[f"{layer}.{self.layout.shared_gate}"] = shared[i].astype(kind)
             if self.layout.attention_biases:
@@ -279,6 +294,17 @@ class _Mixture:
                         rows = self.base.source.tensors[f"{place}.weight"].shape[0]
                         made[f"{place}.bias"] = np.zeros(rows, kind)
         return made
+
+    def _empty_shared(self, layer: str) -> dict[str, Array]:
+        """Shared experts without a neuron, which the class has where there are none."""
+        assert self.layout.shared is not None
+        shapes = {"gate_proj": (0, self.hidden), "down_proj": (self.hidden, 0)}
+        return {
+            f"{layer}.{self.layout.shared.format(projection=name)}": np.zeros(
+                shapes.get(name, shapes["gate_proj"]), self.dtype.numpy
+            )
+            for name in PROJECTIONS
+        }
 
     def routers(self, device: str) -> tuple[Array, Array | None]:
         """(layers, experts, H) rows of the experts, and (layers, 1, H) of the shared one."""
@@ -313,9 +339,8 @@ class _Mixture:
         dtype_key = "torch_dtype" if "torch_dtype" in kept else "dtype"
         return {
             **kept,
-            "model_type": self.layout.name,
+            "model_type": self.layout.model_type,
             "architectures": [self.layout.architecture],
-            **({"tie_word_embeddings": False} if "tie_word_embeddings" not in kept else {}),
             **settings,
             **({dtype_key: self.recipe.dtype} if self.recipe.dtype else {}),
         }
@@ -397,10 +422,11 @@ def _plan(
         "merge_method": "passthrough",
         "models": [{"model": recipe.base_model}],
     }
-    if recipe.dtype is not None:
-        content["dtype"] = recipe.dtype
+    source = mixture.source(routers)
+    if recipe.dtype is not None or mixture.has_other_types():
+        content["dtype"] = mixture.dtype.torch_name
     copying = load_recipe(content)
-    whole = replace(mixture.base, source=mixture.source(routers))
+    whole = replace(mixture.base, source=source)
     plan = plan_checkpoints(copying, METHOD, choose_operands(copying, METHOD), [whole], shard_bytes)
     return replace(
         plan,

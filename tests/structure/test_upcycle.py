@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import fusekit
 from fusekit import CheckpointError, RecipeError
+from fusekit.structure.layouts import choose_layout
 from fusekit.structure.routers import (
     degenerate_layers,
     embedding_direction,
@@ -150,7 +151,47 @@ def test_a_shared_expert_without_gate_makes_the_deepseek_layout(tmp_path: Path) 
     assert "model.layers.1.mlp.shared_experts.up_proj.weight" in merged
     assert not any("shared_expert_gate" in name for name in merged)
     config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["architectures"] == ["Glm4MoeForCausalLM"]
     assert (config["n_routed_experts"], config["n_shared_experts"]) == (2, 1)
+    upcycle({**settings, "architecture": "deepseek_v1"}, tmp_path / "v1")
+    assert set(load_file(tmp_path / "v1/model.safetensors")) == {
+        name for name in merged if not name.endswith("correction_bias")
+    }
+    config = json.loads((tmp_path / "v1/config.json").read_text())
+    assert (config["model_type"], config["scoring_func"]) == ("deepseek", "softmax")
+
+
+def test_routers_that_score_by_sigmoids_have_shorter_rows(tmp_path: Path) -> None:
+    base, a = dense(tmp_path, "base", 0), dense(tmp_path, "a", 1)
+    for layout in ("deepseek", "mixtral"):
+        upcycle(recipe(base, a, base, architecture=layout), tmp_path / layout)
+    rows = load_file(tmp_path / "mixtral/model.safetensors")
+    short = load_file(tmp_path / "deepseek/model.safetensors")
+    np.testing.assert_allclose(
+        short["model.layers.1.mlp.gate.weight"],
+        rows["model.layers.1.block_sparse_moe.gate.weight"] / HIDDEN**0.5,
+        rtol=1e-5,
+    )
+
+
+def test_experts_of_another_type_get_that_of_the_base(tmp_path: Path) -> None:
+    base, a = dense(tmp_path, "base", 0), dense(tmp_path, "a", 1)
+    half = {k: v.astype(np.float16) for k, v in load_file(f"{base}/model.safetensors").items()}
+    save_file(half, f"{base}/model.safetensors")
+    upcycle(recipe(base, a, base), tmp_path / "out")
+    merged = load_file(tmp_path / "out/model.safetensors")
+    assert {values.dtype for values in merged.values()} == {np.dtype(np.float16)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("Mixtral", "mixtral"), ("DeepSeek MoE", "deepseek"), ("qwen", "qwen2_moe")],
+)
+def test_layouts_have_the_names_that_recipes_use(name: str, layout: str) -> None:
+    shared = 1 if layout == "qwen2_moe" else 0
+    assert choose_layout(name, "llama", shared).name == layout
+    with pytest.raises(RecipeError, match=r"'mixtrl' \(did you mean 'mixtral'\?\)"):
+        choose_layout("mixtrl", "llama", 0)
 
 
 def test_missing_biases_are_zero_where_the_layout_has_them(tmp_path: Path) -> None:
@@ -195,6 +236,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     gemma = dense(tmp_path, "gemma", 2, family="gemma")
     with pytest.raises(CheckpointError, match="a model of type 'gemma'"):
         upcycle(recipe(gemma, gemma, base), tmp_path / "out")
+    with pytest.raises(RecipeError, match="expected at least 2 for deepseek"):
+        alone = recipe(base, base, architecture="deepseek", experts_per_token=1)
+        upcycle(alone, tmp_path / "out")
     with pytest.raises(RecipeError, match="qwen3_moe takes models of type qwen3"):
         upcycle(recipe(base, base, other, architecture="qwen3_moe"), tmp_path / "out")
     assert not (tmp_path / "out.partial").exists()

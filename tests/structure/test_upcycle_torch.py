@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from fusekit.structure.layouts import LAYOUTS as LAYOUTS_BY_NAME
 from fusekit.structure.upcycle import upcycle
 from tests.vectors import FOLDER
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+tokenizers = pytest.importorskip("tokenizers")
 
 pytestmark = pytest.mark.torch
 
@@ -34,6 +37,10 @@ LAYOUTS = {
     "qwen2_moe": ("Qwen2Config", "Qwen2ForCausalLM"),
     "qwen2_moe from llama": ("LlamaConfig", "LlamaForCausalLM"),
     "qwen3_moe": ("Qwen3Config", "Qwen3ForCausalLM"),
+    "deepseek": ("LlamaConfig", "LlamaForCausalLM"),
+    "deepseek from mistral": ("MistralConfig", "MistralForCausalLM"),
+    "deepseek from qwen2": ("Qwen2Config", "Qwen2ForCausalLM"),
+    "deepseek from qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
 }
 
 
@@ -53,19 +60,26 @@ def load(folder: Path) -> Any:
     return model.eval()
 
 
-@pytest.mark.parametrize("family", LAYOUTS)
-def test_mixtures_load_and_generate(family: str, tmp_path: Path) -> None:
-    layout = family.split()[0]
-    for seed, name in enumerate(("base", "a", "b")):
-        dense(tmp_path / name, family, seed)
-    experts = [{"source_model": str(tmp_path / name)} for name in ("a", "b")]
-    recipe: dict[str, Any] = {
-        "base_model": str(tmp_path / "base"),
-        "experts": experts,
+def recipe_of(folder: Path, layout: str, *experts: str, **settings: Any) -> dict[str, Any]:
+    return {
+        "base_model": str(folder / "base"),
+        "experts": [{"source_model": str(folder / name)} for name in experts],
         "gate_mode": "uniform_random",
         "architecture": layout,
+        **settings,
     }
-    if layout == "qwen2_moe":
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_mixtures_load_and_generate(family: str, shared: int, tmp_path: Path) -> None:
+    layout = family.split()[0]
+    if shared not in LAYOUTS_BY_NAME[layout].shared_counts:
+        pytest.skip("the layout does not have as many")
+    for seed, name in enumerate(("base", "a", "b")):
+        dense(tmp_path / name, family, seed)
+    recipe = recipe_of(tmp_path, layout, "a", "b")
+    if shared:
         recipe["shared_experts"] = [{"source_model": str(tmp_path / "base")}]
     upcycle(recipe, tmp_path / "out", threads=2)
     made = load(tmp_path / "out")
@@ -73,16 +87,22 @@ def test_mixtures_load_and_generate(family: str, tmp_path: Path) -> None:
     assert tokens.shape[1] > 3
 
 
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_a_mixture_of_equal_experts_is_the_dense_model(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", [name for name in LAYOUTS if not name.startswith("qwen2_moe")])
+@pytest.mark.parametrize("terse", [False, True])
+def test_a_mixture_of_equal_experts_is_the_dense_model(
+    family: str, terse: bool, tmp_path: Path
+) -> None:
+    """With `terse`, of a model whose config leaves out what its family takes for granted."""
     model = dense(tmp_path / "base", family, 0)
-    recipe = {
-        "base_model": str(tmp_path / "base"),
-        "experts": [{"source_model": str(tmp_path / "base")}] * 2,
-        "gate_mode": "random",
-        "experts_per_token": 2,
-    }
-    upcycle(recipe, tmp_path / "out", threads=2)
+    if terse:
+        path = tmp_path / "base/config.json"
+        config = json.loads(path.read_text())
+        for key in ("rope_parameters", "rms_norm_eps", "tie_word_embeddings"):
+            del config[key]
+        path.write_text(json.dumps(config))
+        assert load(tmp_path / "base").config.rope_parameters == model.config.rope_parameters
+    recipe = recipe_of(tmp_path, family.split()[0], "base", "base")
+    upcycle({**recipe, "gate_mode": "random"}, tmp_path / "out", threads=2)
     ids = torch.tensor([[1, 5, 9, 30]])
     with torch.no_grad():
         torch.testing.assert_close(
@@ -90,20 +110,81 @@ def test_a_mixture_of_equal_experts_is_the_dense_model(family: str, tmp_path: Pa
         )
 
 
-@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "gate_input"])
-def test_prompts_route_their_own_tokens(mode: str, tmp_path: Path) -> None:
-    inputs = FOLDER / "mergekit_e2e/inputs"
-    recipe = {
-        "base_model": str(inputs / "tok_a"),
-        "experts": [
-            {"source_model": str(inputs / "tok_a"), "positive_prompts": ["the cat sat"]},
-            {"source_model": str(inputs / "tok_a") + "/", "positive_prompts": ["quiz zebra"]},
-        ],
-        "gate_mode": mode,
-        "experts_per_token": 1,
-    }
+def test_an_ungated_shared_expert_is_added_to_the_others(tmp_path: Path) -> None:
+    """With a shared expert of weight -1 every MLP cancels: attention alone is left."""
+    model = dense(tmp_path / "base", "deepseek", 0)
+    recipe = recipe_of(tmp_path, "deepseek", "base", "base")
+    shared = {"source_model": str(tmp_path / "base"), "residual_scale": -1.0}
+    upcycle({**recipe, "shared_experts": [shared]}, tmp_path / "out", threads=2)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.zero_()
+        ids = torch.tensor([[1, 5, 9, 30]])
+        torch.testing.assert_close(
+            load(tmp_path / "out")(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4
+        )
+
+
+# -- routers made from prompts --------------------------------------------------------------------
+
+DOMAINS, WORDS, TRAINED = 4, 12, 6
+
+
+def planted_base(folder: Path) -> Any:
+    """A model of random weights whose words lie around one direction per domain."""
+    config = transformers.LlamaConfig(
+        **{**SMALL, "vocab_size": 3 + DOMAINS * WORDS, "hidden_size": 32, "num_hidden_layers": 3}
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config)
+    with torch.no_grad():
+        directions = torch.linalg.qr(torch.randn(32, DOMAINS))[0].T
+        words = directions.repeat_interleave(WORDS, 0) + 0.12 * torch.randn(DOMAINS * WORDS, 32)
+        model.model.embed_tokens.weight[3:] = words
+    model.save_pretrained(folder)
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"w{i}": 3 + i for i in range(DOMAINS * WORDS)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return model.eval()
+
+
+def prompts_of(domain: int, seed: int, held_out: bool) -> list[list[int]]:
+    """Eight prompts of five words; those that are held out have words that no other prompt has."""
+    first = domain * WORDS + (TRAINED if held_out else 0)
+    chosen = torch.randint(0, WORDS - TRAINED, (8, 5), generator=torch.manual_seed(seed))
+    return (first + chosen).tolist()
+
+
+@pytest.mark.parametrize("mode", ["hidden", "hidden_avg", "gate_input", "cheap_embed"])
+@pytest.mark.parametrize("layout", ["mixtral", "deepseek"])
+def test_prompts_lead_unseen_words_of_their_domain_to_their_expert(
+    layout: str, mode: str, tmp_path: Path
+) -> None:
+    base = planted_base(tmp_path / "base")
+    names = [f"expert{domain}" for domain in range(DOMAINS)]
+    for seed, name in enumerate(names):
+        torch.manual_seed(seed)
+        transformers.LlamaForCausalLM(base.config).save_pretrained(tmp_path / name)
+    recipe = recipe_of(tmp_path, layout, *names, gate_mode=mode, experts_per_token=1)
+    for domain, expert in enumerate(recipe["experts"]):
+        words = prompts_of(domain, domain, held_out=False)
+        expert["positive_prompts"] = [" ".join(f"w{word}" for word in row) for row in words]
     upcycle(recipe, tmp_path / "out", threads=2)
     made = load(tmp_path / "out")
-    routers = [layer.mlp.gate.weight for layer in made.model.layers]
-    assert all(torch.isfinite(router).all() for router in routers)
-    assert not torch.equal(routers[0], routers[1])
+    chosen: list[Any] = []
+    for layer in made.model.layers:
+        layer.mlp.gate.register_forward_hook(lambda *call: chosen.append(call[2][0].argmax(-1)))
+    hits = []
+    for domain in range(DOMAINS):
+        ids = 3 + torch.tensor(prompts_of(domain, 100 + domain, held_out=True))
+        chosen.clear()
+        with torch.no_grad():
+            made(torch.cat([torch.ones_like(ids[:, :1]), ids], dim=1))
+        routed = torch.stack([each.reshape(len(ids), -1)[:, 1:] for each in chosen])
+        hits.append((routed == domain).float().mean(dim=(1, 2)))
+    per_layer = torch.stack(hits).mean(dim=0)
+    assert per_layer.shape == (3,)
+    assert (per_layer > 0.75).all(), per_layer  # by chance 0.25
