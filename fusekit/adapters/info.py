@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,6 +66,7 @@ class Overlap:
             averaged over modules: 0 orthogonal, 1 when one space holds the other.
         input: the same of input spaces.
         shared: number of modules a pair has in common.
+        modules: the same of single modules, by name; NaN where an adapter has not got it.
     """
 
     labels: tuple[str, ...]
@@ -73,6 +74,16 @@ class Overlap:
     output: Matrix
     input: Matrix
     shared: npt.NDArray[np.int64]
+    modules: Mapping[str, ModuleOverlap]
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOverlap:
+    """Adapters against each other in one module, see `Overlap`."""
+
+    cosine: Matrix
+    output: Matrix
+    input: Matrix
 
 
 def describe_adapter(adapter: Adapter) -> AdapterInfo:
@@ -107,8 +118,7 @@ def compare_adapters(adapters: Sequence[Adapter]) -> Overlap:
     count = len(adapters)
     products = np.zeros((count, count))
     norms_i, norms_j = np.zeros((count, count)), np.zeros((count, count))
-    output, inputs = np.zeros((count, count)), np.zeros((count, count))
-    shared = np.zeros((count, count), dtype=np.int64)
+    modules: dict[str, ModuleOverlap] = {}
     for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
         held = {i: a.modules[name] for i, a in enumerate(adapters) if name in a.modules}
         held = {i: module for i, module in held.items() if module.experts == 1}
@@ -116,18 +126,33 @@ def compare_adapters(adapters: Sequence[Adapter]) -> Overlap:
         factors = {i: _scaled(module) for i, module in held.items()}
         spaces = {i: _spaces(A, B) for i, (A, B) in factors.items()}
         squares = {i: _inner(pair, pair) for i, pair in factors.items()}
+        cosine, output, inputs = (np.full((count, count), np.nan) for _ in range(3))
         for i in held:
             for j in held:
-                products[i, j] += _inner(factors[i], factors[j])
+                product = _inner(factors[i], factors[j])
+                cosine[i, j] = _quotient(product, squares[i] * squares[j])
+                output[i, j] = _overlap(spaces[i][1], spaces[j][1])
+                inputs[i, j] = _overlap(spaces[i][0], spaces[j][0])
+                products[i, j] += product
                 norms_i[i, j] += squares[i]
                 norms_j[i, j] += squares[j]
-                output[i, j] += _overlap(spaces[i][1], spaces[j][1])
-                inputs[i, j] += _overlap(spaces[i][0], spaces[j][0])
-                shared[i, j] += 1
-    scale = np.sqrt(norms_i * norms_j)
-    cosine = np.divide(products, scale, out=np.zeros_like(products), where=scale > 0)
+        modules[name] = ModuleOverlap(cosine, output, inputs)
+    held_by = [~np.isnan(each.cosine) for each in modules.values()]
+    shared = np.asarray(sum(held_by, np.zeros((count, count), np.int64)))
     pairs = np.maximum(shared, 1)
-    return Overlap(tuple(a.label for a in adapters), cosine, output / pairs, inputs / pairs, shared)
+    scale = np.sqrt(norms_i * norms_j)
+    return Overlap(
+        labels=tuple(adapter.label for adapter in adapters),
+        cosine=np.divide(products, scale, out=np.zeros_like(products), where=scale > 0),
+        output=np.nansum([each.output for each in modules.values()], axis=0) / pairs,
+        input=np.nansum([each.input for each in modules.values()], axis=0) / pairs,
+        shared=shared,
+        modules=modules,
+    )
+
+
+def _quotient(product: float, squares: float) -> float:
+    return product / math.sqrt(squares) if squares > 0 else 0.0
 
 
 def _describe(module: LoraModule) -> ModuleInfo:

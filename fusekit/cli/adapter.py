@@ -318,17 +318,39 @@ def info(
     component: Annotated[
         str | None, typer.Option(help="The part of a LoRA file for several models (unet, te1).")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a report with figures to this file.")
+    ] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Write the figures as SVG files to this folder.")
+    ] = None,
 ) -> None:
     """Ranks, scalings and norms; with several ADAPTERS also how far they overlap."""
     from fusekit.adapters import load_adapter
     from fusekit.adapters.info import compare_adapters, describe_adapter
 
+    if html is not None or figures is not None:
+        from fusekit.report.figures import require_plotly
+
+        require_plotly()
     loaded = [load_adapter(path, component=component) for path in adapters]
-    for adapter in loaded:
+    described = [describe_adapter(adapter) for adapter in loaded]
+    for adapter, each in zip(loaded, described, strict=True):
         _print_left_out(adapter)
-        _print_info(describe_adapter(adapter), modules)
-    if len(loaded) > 1:
-        _print_overlap(compare_adapters(loaded))
+        _print_info(each, modules)
+    overlap = compare_adapters(loaded) if len(loaded) > 1 else None
+    if overlap is not None:
+        _print_overlap(overlap)
+    if html is not None or figures is not None:
+        from fusekit.report.adapters import adapter_report
+
+        report = adapter_report(described, overlap)
+        if html is not None:
+            html.write_text(report.to_html(), encoding="utf-8")
+            typer.echo(f"report: {html}", err=True)
+        if figures is not None:
+            report.save_figures(figures)
+            typer.echo(f"figures: {figures}", err=True)
 
 
 def _task_type(config: dict[str, object]) -> str | None:

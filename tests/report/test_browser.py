@@ -13,8 +13,10 @@ from fusekit.evaluate import digits
 from fusekit.evaluate.runner import run_suite
 from fusekit.evaluate.suite import load_suite
 from fusekit.inspection.run import inspect
+from fusekit.report.adapters import adapter_report
 from fusekit.report.inspection import inspection_report
 from fusekit.report.suite import suite_report
+from tests.report.test_adapters import described_adapters
 
 pytest.importorskip("plotly", reason="needs the [report] extra")
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright")
@@ -42,7 +44,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, int]]:
-    """File and number of figures of either kind of report."""
+    """File and number of figures of every kind of report."""
     folder = tmp_path_factory.mktemp("reports")
     found = inspect(list(digits.experts().values()), base=digits.base())
     methods = ["linear", "task_arithmetic", "ties"]
@@ -51,6 +53,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, i
     for name, report in (
         ("inspection", inspection_report(found)),
         ("suite", suite_report(result)),
+        ("adapters", adapter_report(*described_adapters())),
     ):
         path = folder / f"{name}.html"
         path.write_text(report.to_html(), encoding="utf-8")
@@ -60,12 +63,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, i
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("kind", ["inspection", "suite"])
+@pytest.mark.parametrize("kind", ["inspection", "suite", "adapters"])
 def test_report_is_drawn_without_errors(
     browser: Any, reports: dict[str, tuple[Path, int]], kind: str, width: int, scheme: str
 ) -> None:
     path, count = reports[kind]
-    assert count == {"inspection": 11, "suite": 4}[kind]
+    assert count == {"inspection": 11, "suite": 4, "adapters": 9}[kind]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     requests: list[str] = []
