@@ -14,7 +14,12 @@ from typing import Any, Protocol
 from fusekit.errors import FusekitError, did_you_mean
 from fusekit.evaluate.suite import Settings, load, load_suite
 
-BUILDERS: Mapping[str, str] = {"vision": "fusekit.evaluate.vision_training:build"}
+BUILDERS: Mapping[str, str] = {
+    "digits": "fusekit.evaluate.digits_training:build",
+    "lm": "fusekit.evaluate.lm_building:build",
+    "text": "fusekit.evaluate.text_building:build",
+    "vision": "fusekit.evaluate.vision_training:build",
+}
 """Suites that can be built, by name: `module:function`, a `Builder`, loaded on use."""
 
 ABOUT = "trained.json"

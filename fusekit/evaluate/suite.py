@@ -19,6 +19,9 @@ BUILT_IN = {"digits": Path(__file__).parent / "data" / "digits" / "suite.yml"}
 
 EVALUATORS = {
     "digits": "fusekit.evaluate.digits:evaluator",
+    "harness": "fusekit.evaluate.harness:evaluator",
+    "lm": "fusekit.evaluate.lm:evaluator",
+    "text": "fusekit.evaluate.text:evaluator",
     "vision": "fusekit.evaluate.vision:evaluator",
 }
 """What a suite's YAML may name as `evaluator`: `module:function`, an `EvaluatorFactory`.
@@ -106,6 +109,8 @@ class Suite:
         tuning, reporting: splits for choosing parameters and for the table.
         shared_examples: tasks look at the same examples, in the same order.
         average: how a task's score is made from its examples' scores.
+        axes: what a study compares suites by, such as `size` (parameters) and `base_quality`;
+            numbers that grow with it.
     """
 
     name: str
@@ -119,6 +124,7 @@ class Suite:
     reporting: str = "test"
     shared_examples: bool = False
     average: Average = "arithmetic"
+    axes: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -170,6 +176,7 @@ _KEYS = {
     "reporting": str,
     "shared_examples": bool,
     "average": str,
+    "axes": dict,
     "settings": dict,
 }
 _REQUIRED = ("name", "evaluator", "base", "experts")
@@ -190,7 +197,10 @@ def _checked(content: Any, path: Path) -> Suite:
     if (average := content.get("average", "arithmetic")) not in get_args(Average):
         known = did_you_mean(average, get_args(Average))
         raise FusekitError(f"{path}: unknown average {average!r}{known}")
-    plain = ("name", "tuning", "reporting", "shared_examples", "average")
+    for axis, value in content.get("axes", {}).items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise FusekitError(f"{path}: axes: {axis}: found {value!r}, expected a number")
+    plain = ("name", "tuning", "reporting", "shared_examples", "average", "axes")
     return Suite(
         base=_existing(content["base"], path),
         experts={str(k): _existing(v, path) for k, v in content["experts"].items()},

@@ -1,0 +1,160 @@
+"""Scoring sentence encoders: classification through fixed heads, and matching halves of sentences.
+
+What is merged is the encoder; heads belong to the suite. A file of the suite holds, as integers,
+`<split>.<task>.tokens` `[examples, length]` (-1: padding) and `<split>.<task>.labels` `[examples]`,
+and `heads.<task>.weight` `[classes, width]`, `heads.<task>.bias` `[classes]`. A task without labels
+is one of matching: its tokens are first halves, then as many second halves of the same sentences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fusekit.checkpoint.safetensors import SafetensorsFile
+from fusekit.errors import CheckpointError, FusekitError, did_you_mean
+from fusekit.evaluate.checkpoints import read_tensor
+from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
+from fusekit.evaluate.suite import Settings, only_known
+
+BATCH = 32
+"""Sentences in one forward pass."""
+
+PADDING = -1
+"""What fills the rows of shorter sentences."""
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Tokenized sentences `[examples, length]` and their classes, None for a matching task."""
+
+    tokens: NDArray[np.int64]
+    labels: NDArray[np.int64] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """Logits are `features @ weight.T + bias`."""
+
+    weight: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+class SentenceEvaluator:
+    """An `Evaluator`: whether each sentence is classified, or each half matched, correctly.
+
+    Args:
+        path: the suite's file of examples and heads.
+
+    Raises:
+        FusekitError: there is no such file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.identity = f"text {file_digest(path)}"
+        self._path = path
+        source = SafetensorsFile(path)
+        try:
+            self._held = {name: read_tensor(source, name) for name in source.tensors}
+        finally:
+            source.close()
+
+    def __call__(
+        self, checkpoint: Path, split: str, tasks: Sequence[str]
+    ) -> Mapping[str, NDArray[np.bool_]]:
+        wanted = {task: self.examples(split, task) for task in tasks}
+        model = load_pretrained("AutoModel", checkpoint)
+        found = {}
+        for task, own in wanted.items():
+            encoded = features(model, own.tokens)
+            if not np.isfinite(encoded).all():
+                raise CheckpointError(f"{checkpoint}: its features hold NaN, expected numbers")
+            if own.labels is None:
+                found[task] = matched(encoded)
+            else:
+                found[task] = classify(encoded, self.head(task)) == own.labels
+        return found
+
+    def examples(self, split: str, task: str) -> Examples:
+        """The examples of a task.
+
+        Raises:
+            FusekitError: the file has none.
+        """
+        tokens, labels = (self._held.get(f"{split}.{task}.{part}") for part in ("tokens", "labels"))
+        if tokens is None:
+            known = {name.rpartition(".")[0] for name in self._held if name.endswith(".tokens")}
+            near = did_you_mean(f"{split}.{task}", known)
+            raise FusekitError(f"{self._path}: no examples '{split}.{task}'{near}")
+        return Examples(
+            tokens.astype(np.int64), None if labels is None else labels.astype(np.int64)
+        )
+
+    def head(self, task: str) -> Head:
+        """The head of a task that has labels."""
+        return Head(self._held[f"heads.{task}.weight"], self._held[f"heads.{task}.bias"])
+
+
+def evaluator(settings: Settings, folder: Path) -> SentenceEvaluator:
+    """An `EvaluatorFactory` with one setting: `data`, the file, relative to the suite's folder.
+
+    Raises:
+        FusekitError: another setting, or a file that cannot be used.
+    """
+    only_known(settings, ("data",))
+    if not isinstance(settings.get("data"), str):
+        raise FusekitError(f"data: found {settings.get('data')!r}, expected a file")
+    return SentenceEvaluator(folder / settings["data"])
+
+
+def features(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Unit-length features of sentences `[examples, length]`, in their order: `[examples, width]`.
+
+    Sentences of like length share a forward pass.
+    """
+    import torch
+
+    order = np.argsort((tokens != PADDING).sum(axis=1), kind="stable")
+    encoded: NDArray[np.float32] | None = None
+    with one_thread(), torch.inference_mode():
+        for start in range(0, len(order), BATCH):
+            chosen = order[start : start + BATCH]
+            part = encode(model, tokens[chosen]).numpy()
+            if encoded is None:
+                encoded = np.empty((len(tokens), part.shape[1]), np.float32)
+            encoded[chosen] = part
+    assert encoded is not None
+    return encoded
+
+
+def encode(model: Any, tokens: NDArray[np.int64]) -> Any:
+    """Mean of the last hidden states over a sentence's tokens, scaled to unit length."""
+    import torch
+
+    longest = int((tokens != PADDING).sum(axis=1).max())
+    given = torch.from_numpy(tokens[:, :longest])
+    mask = (given != PADDING).long()
+    hidden = model(input_ids=given.clamp(min=0), attention_mask=mask).last_hidden_state
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    means = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+    return torch.nn.functional.normalize(means, dim=1)
+
+
+def classify(encoded: NDArray[np.float32], head: Head) -> NDArray[np.int64]:
+    """The most likely class of every sentence."""
+    return np.asarray(np.argmax(encoded @ head.weight.T + head.bias, axis=1))
+
+
+def matched(encoded: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Whether each first half is most similar to its own second half, of all second halves.
+
+    Args:
+        encoded: unit-length features of n first halves, then of their n second halves.
+    """
+    first, second = np.split(encoded, 2)
+    return np.asarray(np.argmax(first @ second.T, axis=1) == np.arange(len(first)))

@@ -1,0 +1,185 @@
+"""The text suite: features, heads, matching, and experts trained from tiny corpora."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from fusekit.errors import CheckpointError, FusekitError
+from fusekit.evaluate.text import PADDING, Head, classify, matched
+from tests.evaluate.tiny_text import tiny_encoder, write_sentences
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytestmark = pytest.mark.torch
+
+from fusekit.evaluate import text, text_building  # noqa: E402
+from fusekit.evaluate.pretrained import quiet  # noqa: E402
+
+SIZE = {
+    "examples": 32,
+    "validation": 16,
+    "test": 20,
+    "epochs": 2,
+    "lora_epochs": 2,
+    "rank": 2,
+    "tokens": 12,
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sentences(tmp_path_factory.mktemp("data") / "text")
+
+
+@pytest.fixture(scope="module")
+def built(encoder: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("suite")
+    settings = {**SIZE, "model": str(encoder)}
+    text_building.build(out, data=data, seed=0, settings=settings, on_progress=print)
+    return out
+
+
+def model_of(folder: Path) -> Any:
+    from transformers import AutoModel
+
+    return AutoModel.from_pretrained(folder).eval()
+
+
+def test_features_are_means_over_tokens_whatever_shares_the_batch(encoder: Path) -> None:
+    model = model_of(encoder)
+    tokens = np.random.default_rng(0).integers(2, 20, (70, 9))
+    lengths = np.random.default_rng(1).integers(2, 10, 70)
+    tokens[np.arange(9) >= lengths[:, None]] = PADDING
+    found = text.features(model, tokens)
+    for row, length, own in zip(tokens, lengths, found, strict=True):
+        with torch.no_grad():
+            hidden = model(input_ids=torch.from_numpy(row[None, :length])).last_hidden_state
+        mean = hidden[0].numpy().mean(axis=0)
+        np.testing.assert_allclose(own, mean / np.linalg.norm(mean), atol=2e-6)
+
+
+def test_heads_fitted_to_separable_features_make_no_mistake() -> None:
+    rng = np.random.default_rng(0)
+    labels = np.arange(60) % 3
+    encoded = (np.eye(3, 8)[labels] + 0.1 * rng.standard_normal((60, 8))).astype(np.float32)
+    head = text_building.fit_head(encoded, labels, 3)
+    np.testing.assert_array_equal(classify(encoded, head), labels)
+
+
+def test_classes_are_argmax_of_weights_and_bias() -> None:
+    head = Head(np.eye(2, dtype=np.float32), np.array([0.0, 0.5], np.float32))
+    encoded = np.array([[1.0, 0.0], [0.6, 0.3], [0.0, 1.0]], np.float32)
+    np.testing.assert_array_equal(classify(encoded, head), [0, 1, 1])
+
+
+def test_halves_match_their_own_and_no_other() -> None:
+    first = np.eye(4, dtype=np.float32)
+    second = first[[0, 1, 3, 2]]
+    np.testing.assert_array_equal(matched(np.concatenate([first, second])), [1, 1, 0, 0])
+
+
+def test_training_moves_the_encoder_to_where_the_head_is_right(encoder: Path) -> None:
+    model = model_of(encoder)
+    rng = np.random.default_rng(0)
+    examples = text.Examples(rng.integers(2, 20, (64, 4)), rng.integers(0, 3, 64))
+
+    def accuracy() -> float:
+        return float(
+            (classify(text.features(model, examples.tokens), head) == examples.labels).mean()
+        )
+
+    head = text_building.fit_head(text.features(model, examples.tokens), examples.labels, 3)
+    before = accuracy()
+    text_building.fit(model, examples, head, epochs=30, rate=1e-3, seed=0)
+    assert accuracy() > before + 0.05
+
+
+def test_a_built_suite_scores_every_task_with_every_encoder(built: Path) -> None:
+    evaluator = text.evaluator({"data": "data.safetensors"}, built)
+    tasks = (*text_building.FILES, text_building.HALVES)
+    for model in ("base", "sst2", "lora/mpqa"):
+        found = evaluator(built / model, "test", tasks)
+        assert {task: len(hits) for task, hits in found.items()} == dict.fromkeys(tasks, 20)
+    with pytest.raises(FusekitError, match=r"no examples 'test.tre' \(did you mean 'test.trec'"):
+        evaluator(built / "base", "test", ["tre"])
+
+
+def test_folded_adapters_are_what_peft_merges(built: Path) -> None:
+    from peft import PeftModel
+
+    with quiet():
+        merged = PeftModel.from_pretrained(
+            model_of(built / "base"), built / "lora" / "adapters" / "sst2"
+        ).merge_and_unload()
+    folded = load_file(built / "lora" / "sst2" / "model.safetensors")
+    base = load_file(built / "base" / "model.safetensors")
+    moved = 0
+    for name, values in merged.state_dict().items():
+        np.testing.assert_allclose(folded[name], values.numpy(), atol=1e-6)
+        moved += int(not np.array_equal(folded[name], base[name]))
+    assert moved == 12  # six projections in each of two layers
+
+
+def test_a_second_build_trains_nothing(built: Path, encoder: Path, data: Path) -> None:
+    lines: list[str] = []
+    settings = {**SIZE, "model": str(encoder)}
+    text_building.build(built, data=data, seed=0, settings=settings, on_progress=lines.append)
+    assert lines == []
+
+
+def test_examples_of_different_splits_differ(data: Path) -> None:
+    found = text_building.read_sentences(data, 0, SIZE)
+    for splits in found.values():
+        own = {split: {sentence for _, sentence in each} for split, each in splits.items()}
+        assert len(own["test"]) == 20 and len(own["validation"]) == 16
+        assert not own["validation"] & (own["test"] | own.get("train", set()))
+    assert "train" not in found[text_building.HALVES]
+
+
+def test_unusable_data_and_settings_are_refused(data: Path, encoder: Path, tmp_path: Path) -> None:
+    def build(folder: Path | None, **settings: Any) -> None:
+        given = {**SIZE, "model": str(encoder), **settings}
+        text_building.build(
+            tmp_path / "out", data=folder, seed=0, settings=given, on_progress=print
+        )
+
+    with pytest.raises(FusekitError, match=r"needs data: --data with a folder of TREC.train.all"):
+        build(None)
+    with pytest.raises(FusekitError, match=r"TREC.train.all: no such file"):
+        build(tmp_path)
+    with pytest.raises(FusekitError, match=r"unknown setting 'epoch' \(did you mean 'epochs'"):
+        build(data, epoch=1)
+    with pytest.raises(FusekitError, match=r"has no config.json, expected an encoder"):
+        build(data, model=str(tmp_path))
+    with pytest.raises(FusekitError, match=r"81 different sentences, expected at least 2000"):
+        build(data, test=2000)
+    copy = write_sentences(tmp_path / "copy")
+    (copy / "subj.all").write_text("0 a b\none c d\n", encoding="latin-1")
+    with pytest.raises(FusekitError, match=r"subj.all, line 2: expected a class number"):
+        build(copy)
+
+
+def test_what_cannot_be_scored_is_named(built: Path, encoder: Path, tmp_path: Path) -> None:
+    evaluator = text.evaluator({"data": "data.safetensors"}, built)
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        evaluator(tmp_path, "test", ["sst2"])
+    with pytest.raises(FusekitError, match="data: found 3, expected a file"):
+        text.evaluator({"data": 3}, built)
+    broken = tmp_path / "broken"
+    model_of(encoder).save_pretrained(broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["encoder.layer.1.output.LayerNorm.bias"][0] = np.nan
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="features hold NaN"):
+        evaluator(broken, "test", ["sst2"])
