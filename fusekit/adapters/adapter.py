@@ -31,7 +31,9 @@ class LoraModule:
         rslora: scaling is `alpha / sqrt(rank)` instead of `alpha / rank`.
         transposed: the base tensor stores the matrix's transpose (GPT-2's Conv1D, embeddings).
         kernel: a convolution's (in channels, *kernel size), else empty.
-        magnitude: DoRA's row norms (out,), else None.
+        magnitude: DoRA's norms of the output features (out,), else None.
+        magnitude_axis: `input` if DoRA's norms are of the input features (in,) instead, or of a
+            convolution's input channels, as in some files of kohya's format.
         bias: update of the module's bias (out,) before scaling, else None.
     """
 
@@ -45,6 +47,7 @@ class LoraModule:
     kernel: tuple[int, ...] = ()
     experts: int = 1
     magnitude: Array | None = None
+    magnitude_axis: Literal["output", "input"] = "output"
     bias: Array | None = None
 
     @property
@@ -100,9 +103,10 @@ class LoraModule:
         return delta
 
     def apply(self, weight: Array) -> Float:
-        """The adapted weight in float32: `W + delta`, with DoRA rescaled to the learned row norms.
+        """The adapted weight in float32: `W + delta`, with DoRA rescaled to the learned norms.
 
-        DoRA: `V = W + delta; W' = diag(magnitude / ||V||_row) V`, rows being output features.
+        DoRA: `V = W + delta; W' = diag(magnitude / ||V||_row) V`, rows being output features; or
+        the same of columns, input features.
 
         Raises:
             CheckpointError: `weight` has another shape than the adapter's base tensor.
@@ -111,15 +115,15 @@ class LoraModule:
             "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv 2402.09353.
         """
         module = self.oriented(weight.shape)
-        adapted = weight.astype(np.float32) + module.delta()
+        adapted: Float = weight.astype(np.float32) + module.delta()
         if module.magnitude is None:
             return adapted
-        rows = adapted.T if module.transposed else adapted.reshape(adapted.shape[0], -1)
-        norms = np.linalg.norm(rows, axis=1)
-        magnitude = module.magnitude.astype(np.float32)
-        factor = np.divide(magnitude, norms, out=np.zeros_like(norms), where=norms > 0)
-        rescaled: Float = rows * factor[:, None]
-        return (rescaled.T if module.transposed else rescaled).reshape(adapted.shape)
+        features = int(module.transposed != (module.magnitude_axis == "input"))
+        others = tuple(axis for axis in range(adapted.ndim) if axis != features)
+        norms = np.sqrt(np.square(adapted).sum(axis=others, keepdims=True))
+        magnitude = module.magnitude.astype(np.float32).reshape(norms.shape)
+        adapted *= np.divide(magnitude, norms, out=np.zeros_like(norms), where=norms > 0)
+        return adapted
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -12,9 +12,13 @@ from fusekit.errors import CheckpointError, did_you_mean
 
 _KOHYA_PREFIXES = ("lora_unet_", "lora_te1_", "lora_te2_", "lora_te_", "lora_transformer_")
 _COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "diffusion_model.")
+DORA_SCALE = ".dora_scale"
+"""Suffix of kohya's DoRA magnitudes, whose shape says of which features they are."""
+
 _FACTORS = (
     (".lora_down.weight", "A"),
     (".lora_up.weight", "B"),
+    (".lora_mid.weight", "mid"),
     (".lora_linear_layer.down.weight", "A"),
     (".lora_linear_layer.up.weight", "B"),
     (".lora.down.weight", "A"),
@@ -25,8 +29,6 @@ _FACTORS = (
 _ATTENTION_PROCESSOR = re.compile(r"\.processor\.to_(q|k|v|out)$")
 _SUFFIX = re.compile(r"\.lora_|\.lora\.|_lora\.|\.alpha$|\.dora_scale$")
 _UNSUPPORTED = {
-    ".lora_mid.weight": "a LoCon convolution with a middle factor",
-    ".dora_scale": "kohya's DoRA, whose axis the file does not record",
     ".hada_w1_a": "LoHa",
     ".lokr_w1": "LoKr",
 }
@@ -69,7 +71,9 @@ def to_peft_keys(
             alphas[modules.resolve(key.removesuffix(".alpha"))] = _scalar(source, key, label)
             continue
         suffix, factor = next(((s, f) for s, f in _FACTORS if key.endswith(s)), ("", ""))
-        if suffix:
+        if key.endswith(DORA_SCALE):
+            name = f"{modules.resolve(key.removesuffix(DORA_SCALE))}.lora_magnitude_vector"
+        elif suffix:
             module = modules.resolve(key.removesuffix(suffix))
             name = f"{module}.lora_{factor}.weight"
         else:

@@ -380,6 +380,7 @@ class _MergedModules(Mapping[str, LoraModule]):
             alpha=float(width),
             rslora=False,
             magnitude=None,
+            magnitude_axis="output",
             bias=np.sum(biases, axis=0).astype(dtype) if biases else None,
         )
 

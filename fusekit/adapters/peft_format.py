@@ -10,12 +10,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule
-from fusekit.adapters.foreign_names import to_peft_keys
+from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule, to_float32
+from fusekit.adapters.foreign_names import DORA_SCALE, to_peft_keys
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.pickles import PickleFile
 from fusekit.checkpoint.safetensors import SafetensorsFile
@@ -27,7 +27,7 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_mid|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
@@ -56,6 +56,7 @@ class _Spec:
     transposed: bool
     kernel: tuple[int, ...]
     experts: int
+    magnitude_axis: Literal["output", "input"]
 
 
 class _Modules(Mapping[str, LoraModule]):
@@ -69,6 +70,8 @@ class _Modules(Mapping[str, LoraModule]):
         spec = self._specs[name]
         tensors = {part: read_finite(self._source, key) for part, key in spec.keys.items()}
         A, B = tensors["A"], tensors["B"]
+        if "mid" in tensors:
+            A = _with_middle(A, tensors["mid"])
         magnitude = tensors.get("magnitude")
         return LoraModule(
             name=name,
@@ -81,6 +84,7 @@ class _Modules(Mapping[str, LoraModule]):
             kernel=spec.kernel,
             experts=spec.experts,
             magnitude=None if magnitude is None else magnitude.reshape(-1),
+            magnitude_axis=spec.magnitude_axis,
             bias=tensors.get("bias"),
         )
 
@@ -307,6 +311,8 @@ def _spec(
         alpha = _pattern_value(
             fields.get("alpha_pattern"), pattern_name, fields.get("lora_alpha", 8)
         )
+    if "mid" in keys:
+        shape_a = _shape_with_middle(source, keys, module, label)
     kind: Kind = "linear"
     if parameter is not None:
         kind = "parameter"
@@ -314,7 +320,9 @@ def _spec(
         kind = "embedding"
     elif len(shape_a) > 2:
         kind = "conv"
-    _check_vectors(source, keys, shape_b[0], module, label)
+    axis = _magnitude_axis(source, keys, shape_b[0], shape_a[1])
+    sizes = {"magnitude": shape_b[0] if axis == "output" else shape_a[1], "bias": shape_b[0]}
+    _check_vectors(source, keys, sizes, module, label)
     return name, _Spec(
         kind=kind,
         keys=keys,
@@ -323,18 +331,53 @@ def _spec(
         transposed=embedding or (kind == "linear" and bool(fields.get("fan_in_fan_out", False))),
         kernel=shape_a[1:] if kind == "conv" else (),
         experts=experts,
+        magnitude_axis=axis,
     )
 
 
 def _check_vectors(
-    source: TensorSource, keys: Mapping[str, str], out: int, module: str, label: str
+    source: TensorSource,
+    keys: Mapping[str, str],
+    sizes: Mapping[str, int],
+    module: str,
+    label: str,
 ) -> None:
-    for part in ("magnitude", "bias"):
-        if part in keys and source.tensors[keys[part]].size != out:
+    for part, size in sizes.items():
+        if part in keys and source.tensors[keys[part]].size != size:
             raise CheckpointError(
                 f"{label}: module {module!r}: tensor {keys[part]!r} has shape "
-                f"{list(source.tensors[keys[part]].shape)}, expected {out} elements"
+                f"{list(source.tensors[keys[part]].shape)}, expected {size} elements"
             )
+
+
+def _magnitude_axis(
+    source: TensorSource, keys: Mapping[str, str], rows: int, columns: int
+) -> Literal["output", "input"]:
+    """Whose norms DoRA's magnitudes are: PEFT's always of output features; kohya's are shaped to
+    multiply the weight, (out, 1, ..) or (1, in, ..)."""
+    key = keys.get("magnitude", "")
+    shape = source.tensors[key].shape if key.endswith(DORA_SCALE) else ()
+    of_input = len(shape) > 1 and shape[:2] == (1, columns) and shape[0] != rows
+    return "input" if of_input else "output"
+
+
+def _shape_with_middle(
+    source: TensorSource, keys: Mapping[str, str], module: str, label: str
+) -> tuple[int, ...]:
+    """Shape of a convolution's A with its middle factor multiplied in."""
+    down, middle = source.tensors[keys["A"]].shape, source.tensors[keys["mid"]].shape
+    if len(middle) < 3 or middle[:2] != (down[0], down[0]) or set(down[2:]) - {1}:
+        raise CheckpointError(
+            f"{label}: module {module!r}: tensor {keys['mid']!r} has shape {list(middle)}, "
+            f"expected [{down[0]}, {down[0]}, kernel] between factors of rank {down[0]}"
+        )
+    return (down[0], down[1], *middle[2:])
+
+
+def _with_middle(down: Array, middle: Array) -> Array:
+    """`sum_j middle[i, j, ..] down[j, c]`: a convolution with kernel A instead of two in a row."""
+    flat = to_float32(down).reshape(len(down), -1)
+    return np.asarray(np.einsum("ij...,jc->ic...", to_float32(middle), flat))
 
 
 def _target_parameter(module: str, config: Mapping[str, Any], label: str) -> str | None:

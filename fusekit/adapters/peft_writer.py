@@ -102,8 +102,17 @@ class AdapterWriter:
             shutil.rmtree(self._work, ignore_errors=True)
 
     def add(self, module: LoraModule) -> None:
-        """Append one module's tensors."""
+        """Append one module's tensors.
+
+        Raises:
+            CheckpointError: DoRA over input features, which PEFT does not have.
+        """
         path = _module_path(module)
+        if module.magnitude is not None and module.magnitude_axis == "input":
+            raise CheckpointError(
+                f"{self.folder}: module {path!r} has DoRA over its input features, which PEFT "
+                "cannot express: fold it into the base, or merge it with svd"
+            )
         if module.kind == "embedding":
             self._put(f"{path}.lora_embedding_A", module.A)
             self._put(f"{path}.lora_embedding_B", module.B)

@@ -104,11 +104,11 @@ class LoraSource(TensorSource):
     """A base with a LoRA adapter folded in, computed for the elements that are read.
 
     `W' = W + scaling * B @ A` in the tensor's layout; with DoRA `W' = m * V / ||V||` for
-    `V = W + scaling * B @ A`, norms over each output feature, which are computed once per tensor
-    from a streaming pass (a feature of norm 0 stays 0). Full tensors that the adapter holds
-    (`modules_to_save`, trained biases) replace the base's first, and are offered too where the
-    base has none. Changed tensors are offered as F32 (F64 where the base has F64), so nothing is
-    rounded before a merge; all others come from the base as they are.
+    `V = W + scaling * B @ A`, norms over each output (or input) feature, which are computed once
+    per tensor from a streaming pass (a feature of norm 0 stays 0). Full tensors that the adapter
+    holds (`modules_to_save`, trained biases) replace the base's first, and are offered too where
+    the base has none. Changed tensors are offered as F32 (F64 where the base has F64), so nothing
+    is rounded before a merge; all others come from the base as they are.
 
     Adapter names may lack, or have in excess, one leading prefix (`transformer.`, `model.`)
     compared with the base's, as checkpoints of a bare model and of a model with a head differ.
@@ -258,13 +258,18 @@ class LoraSource(TensorSource):
         update = _low_rank(module, info.dtype.numpy)
         if module.magnitude is None:
             return update
-        norms = self._norms(name, update)
+        update = replace(update, by_column=module.transposed != (module.magnitude_axis == "input"))
         magnitude = module.magnitude.astype(np.float64)
+        # A convolution's input channel is several columns, one per place of the kernel.
+        squares = self._squares(name, update).reshape(magnitude.size, -1)
+        norms = np.sqrt(squares.sum(axis=1))
         factors = np.divide(magnitude, norms, out=np.zeros_like(norms), where=norms > 0)
-        return replace(update, factors=factors.astype(info.dtype.numpy))
+        repeated = np.repeat(factors, squares.shape[1])
+        return replace(update, factors=repeated.astype(info.dtype.numpy))
 
-    def _norms(self, name: str, update: _Update) -> npt.NDArray[np.float64]:
-        """L2 norm of each output feature of `W + scaling * B @ A`, from one pass over the base."""
+    def _squares(self, name: str, update: _Update) -> npt.NDArray[np.float64]:
+        """Sum of squares of each row of `W + scaling * B @ A`, or of each column if `by_column`,
+        from one pass over the base."""
         size, columns = self._tensors[name].size, update.columns
         squares = np.zeros(columns if update.by_column else size // columns)
         step = max(1, _NORM_ELEMENTS // columns)
@@ -277,7 +282,7 @@ class LoraSource(TensorSource):
                 squares += block.sum(axis=0)
             else:
                 squares[row : row + len(block)] = block.sum(axis=1)
-        return np.sqrt(squares)
+        return squares
 
 
 _COMPUTED = {"F16": "F32", "BF16": "F32", "F32": "F32", "F64": "F64"}

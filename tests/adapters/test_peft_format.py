@@ -11,10 +11,15 @@ from safetensors.numpy import load_file, save_file
 from fusekit.adapters import (
     Adapter,
     LoraModule,
+    MergeOptions,
     adapter_from_tensors,
     load_adapter,
+    merge_adapters,
     write_adapter,
 )
+from fusekit.adapters.peft_format import read_array
+from fusekit.checkpoint.memory import MemorySource
+from fusekit.checkpoint.views import LoraSource
 from fusekit.errors import CheckpointError
 
 from .support import load_vectors, make_adapter, make_module, random_adapter, under
@@ -173,6 +178,100 @@ def test_kohya_names_are_mapped_with_the_base_and_scaled_by_alpha(tmp_path):
     )
     with pytest.raises(CheckpointError, match="no tensor of the base is named like"):
         load_adapter(tmp_path / "kohya.safetensors", ["other.weight"])
+
+
+def lycoris(tmp_path, kernel=(), *, scale=None, middle=False, rank=2, rows=6, columns=5):
+    """A file of one module, the base's weight, and the adapted weight in float64 by its formula."""
+    rng = np.random.default_rng(0)
+    ones = (1,) * len(kernel)
+    tensors = {
+        "lora_unet_conv.lora_up.weight": rng.standard_normal((rows, rank, *ones)),
+        "lora_unet_conv.alpha": np.array(1.0),
+    }
+    up = tensors["lora_unet_conv.lora_up.weight"].reshape(rows, rank)
+    if middle:
+        down = rng.standard_normal((rank, columns, *ones))
+        between = rng.standard_normal((rank, rank, *kernel))
+        tensors["lora_unet_conv.lora_mid.weight"] = between
+        product = np.einsum("ij...,jc,oi->oc...", between, down.reshape(rank, columns), up)
+    else:
+        down = rng.standard_normal((rank, columns, *kernel))
+        product = np.einsum("ic...,oi->oc...", down, up)
+    tensors["lora_unet_conv.lora_down.weight"] = down
+    weight = rng.standard_normal((rows, columns, *kernel))
+    adapted = weight + product / rank
+    if scale is not None:
+        axis = {"output": 0, "input": 1}[scale]
+        others = tuple(a for a in range(adapted.ndim) if a != axis)
+        norms = np.linalg.norm(
+            np.moveaxis(adapted, axis, 0).reshape(adapted.shape[axis], -1), axis=1
+        )
+        magnitude = np.expand_dims(rng.random(adapted.shape[axis]) + 0.5, others)
+        tensors["lora_unet_conv.dora_scale"] = magnitude
+        adapted = adapted * magnitude / np.expand_dims(norms, others)
+    path = tmp_path / "lycoris.safetensors"
+    save_file({k: v.astype(np.float32) for k, v in tensors.items()}, path)
+    return path, weight.astype(np.float32), adapted
+
+
+@pytest.mark.parametrize("scale", [None, "output", "input"])
+@pytest.mark.parametrize(
+    ("kernel", "middle"),
+    [((), False), *((k, m) for k in ((3, 3), (1, 1), (3,)) for m in (False, True))],
+)
+def test_dora_and_middle_factors_of_kohyas_format_mean_what_its_tools_compute(
+    kernel, scale, middle, tmp_path
+):
+    path, weight, expected = lycoris(tmp_path, kernel, scale=scale, middle=middle)
+    base = MemorySource({"conv.weight": weight})
+    adapter = load_adapter(path, ["conv.weight"])
+    np.testing.assert_allclose(adapter.apply("conv.weight", weight), expected, atol=1e-5)
+    streamed = read_array(LoraSource(base, adapter), "conv.weight")
+    np.testing.assert_allclose(streamed, expected, atol=1e-5)
+    rank = min(6, weight[0].size)
+    merged = merge_adapters([adapter, adapter], "svd", [0.5, 0.5], MergeOptions(rank=rank), base)
+    np.testing.assert_allclose(merged.apply("conv.weight", weight), expected, atol=1e-4)
+    write_adapter(merged, tmp_path / "out")
+    again = load_adapter(tmp_path / "out").apply("conv.weight", weight)
+    np.testing.assert_allclose(again, expected, atol=1e-4)
+
+
+def test_dora_of_input_features_cannot_be_written_for_peft(tmp_path):
+    path, _, _ = lycoris(tmp_path, scale="input")
+    with pytest.raises(
+        CheckpointError, match="'conv' has DoRA over its input features, which PEFT"
+    ):
+        write_adapter(load_adapter(path, ["conv.weight"]), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    path, weight, expected = lycoris(tmp_path, scale="output")
+    write_adapter(load_adapter(path, ["conv.weight"]), tmp_path / "out")
+    written = load_adapter(tmp_path / "out")
+    np.testing.assert_allclose(written.apply("conv.weight", weight), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        (
+            "lora_mid.weight",
+            (3, 2, 3, 3),
+            r"shape \[3, 2, 3, 3\], expected \[2, 2, kernel\] between",
+        ),
+        (
+            "dora_scale",
+            (4, 1),
+            r"'lora_unet_conv\.dora_scale' has shape \[4, 1\], expected 6 elements",
+        ),
+        ("hada_w1_a", (4, 4), "belongs to LoHa: not supported"),
+        ("lokr_w1", (4, 4), "belongs to LoKr: not supported"),
+    ],
+)
+def test_what_kohyas_format_cannot_mean_is_refused(name, shape, message, tmp_path):
+    path, _, _ = lycoris(tmp_path)
+    tensors = load_file(path) | {f"lora_unet_conv.{name}": np.ones(shape, np.float32)}
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+        load_adapter(path, ["conv.weight"])
 
 
 def kohya_file(path, **modules):
