@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -181,6 +182,51 @@ def test_all_private_shards_are_plain_lora():
     assert set.union(*used) == set(range(len(pool.A)))
 
 
+def test_a_mixture_without_sharing_is_lora_in_values_and_gradients():
+    torch.manual_seed(1)
+    config = MosConfig(("q",), rank=3, equivalent_rank=3, private_rank=3, shards=2, alpha=6)
+    model = nn.Sequential()
+    for i in range(2):
+        model.add_module(str(i), nn.Module())
+        model.get_submodule(str(i)).q = nn.Linear(4, 8)
+    attach_mos(model, config)
+    layer = model.get_submodule("1.q")
+    layer.pool.B.data.normal_()
+    A, B = (factor.detach().clone().requires_grad_() for factor in layer.factors())
+    x = torch.randn(5, 4)
+    plain = layer.base_layer(x) + 2.0 * x @ A.T @ B.T
+    torch.testing.assert_close(layer(x), plain)
+    layer(x).square().sum().backward()
+    plain.square().sum().backward()
+    for pool, index, factor in (
+        (layer.pool.A, layer.index_a, A),
+        (layer.pool.B, layer.index_b, B.T),
+    ):
+        gradient = factor.grad if factor is A else B.grad.T
+        torch.testing.assert_close(pool.grad[index].reshape(3, -1), gradient)
+        unused = [i for i in range(len(pool)) if i not in index.tolist()]
+        assert pool.grad[unused].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "ablation",
+    [{"dissociate": False}, {"shards": 1}, {"private_rank": 0}, {"rank": 6, "private_rank": 0}],
+)
+def test_ablated_mixtures_cost_the_same_and_still_start_as_the_base(ablation, tmp_path):
+    peft = pytest.importorskip("peft")
+    config = dataclasses.replace(CONFIG, **ablation)
+    model = tiny_llama()
+    before = logits(model)
+    attach_mos(model, config)
+    torch.testing.assert_close(logits(model), before, atol=0, rtol=0)
+    assert trainable(model) == 2 * 3 * ((16 + 16) + (16 + 8))
+    losses = train(model.train(), steps=5)
+    assert losses[-1] < losses[0]
+    export_mos(model, tmp_path / "lora", {"task_type": "CAUSAL_LM"})
+    exported = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "lora").eval()
+    torch.testing.assert_close(logits(exported), logits(model.eval()), atol=1e-5, rtol=1e-5)
+
+
 def test_indices_depend_on_the_layer_not_on_the_order():
     first = draw_indices(CONFIG, 3, 1, "layers.1.q_proj")
     again = draw_indices(CONFIG, 3, 1, "layers.1.q_proj")
@@ -327,6 +373,60 @@ def test_a_new_task_trains_its_own_parameters_alone(tmp_path):
     save_polyhistor(attached, tmp_path / "poly")
     again = load_polyhistor(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 16)), tmp_path / "poly")
     torch.testing.assert_close(again.adapters(x, 1, task), model(x, 1, task))
+
+
+@pytest.mark.parametrize("lite", [True, False])
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_new_adapters_change_nothing_at_any_width(lite, tasks):
+    config = PolyhistorConfig(tasks=tasks, task_size=6, layer_size=4, reduction=4, lite=lite)
+    model = Polyhistor([8, 16, 32], config)
+    for position, width in enumerate((8, 16, 32)):
+        x = torch.randn(3, 5, width)
+        for task in range(tasks):
+            torch.testing.assert_close(model(x, position, task), x, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("lite", [True, False])
+def test_generated_and_materialised_adapters_are_the_same_bottlenecks(lite):
+    config = PolyhistorConfig(tasks=2, task_size=6, layer_size=4, reduction=4, lite=lite)
+    model = Polyhistor([8, 24], config)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    x = torch.randn(3, 24)
+    for task in range(2):
+        down, up = model.weights(1, task)
+        assert down.shape == (24, 6)
+        hidden = nn.functional.gelu(x @ down)
+        torch.testing.assert_close(model(x, 1, task), x + hidden @ up, atol=1e-3, rtol=1e-4)
+        kernel = model.kernels[f"down_1_{task}"]
+        torch.testing.assert_close(down, torch.kron(kernel, model.templates(1, task)[0]))
+
+
+def test_equal_widths_need_no_kernels_and_give_products_of_two_small_matrices():
+    config = PolyhistorConfig(tasks=2, task_size=6, layer_size=4, rank=1, reduction=2)
+    model = Polyhistor([8, 8], config)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    assert len(model.kernels) == 0
+    for position in range(2):
+        down, up = model.weights(position, 0)
+        assert torch.linalg.matrix_rank(down) == torch.linalg.matrix_rank(up) == 1
+
+
+@pytest.mark.parametrize("lite", [True, False])
+def test_every_parameter_of_a_task_is_trained_by_its_loss(lite):
+    config = PolyhistorConfig(tasks=2, task_size=6, layer_size=4, reduction=4, lite=lite)
+    model = Polyhistor([8, 16], config)
+    for parameter in model.parameters():
+        parameter.data.normal_()
+    x = [torch.randn(3, 8), torch.randn(3, 16)]
+    sum(model(x[position], position, 1).square().sum() for position in range(2)).backward()
+    for name, parameter in model.named_parameters():
+        others = name == "task_embeddings.0" or (
+            name.startswith("kernels.") and name.endswith("_0")
+        )
+        used = parameter.grad is not None and bool(parameter.grad.abs().max() > 0)
+        assert used != others, name
 
 
 def test_tasks_are_permuted_with_their_embeddings_and_kernels():
