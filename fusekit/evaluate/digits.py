@@ -1,13 +1,14 @@
-"""The embedded suite: six ways of grouping handwritten digits, one base, one expert per grouping.
+"""The digits suite: six ways of grouping handwritten digits, one base, one expert per grouping.
 
 Every expert is the whole encoder fine-tuned from the base for one grouping (task) of the same
 images, with a frozen random head that belongs to the suite and not to the checkpoints: what is
-merged is the encoder, and any encoder can be scored on every task. Evaluation needs only NumPy;
-`scripts/train_digits_experts.py` trains the models and writes the suite.
+merged is the encoder, and any encoder can be scored on every task. One suite is embedded in the
+package; `fusekit suite build digits` trains others, of other sizes. Evaluation needs only NumPy.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +17,14 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
+from fusekit.evaluate.checkpoints import read_finite, read_tensor
 from fusekit.evaluate.suite import Settings, only_known
 
 TASKS = ("parity", "modulo_3", "modulo_5", "halved", "thirded", "mirrored")
@@ -37,6 +40,12 @@ Checkpoint: TypeAlias = str | Path | Mapping[str, Any]
 """A checkpoint folder or file, or its tensors by name (NumPy incl. ml_dtypes, or torch)."""
 
 LAYER_NORM_EPS = 1e-5
+
+CALIBRATION_EXAMPLES = 256
+"""Training images on which experts are measured for methods that need data."""
+
+PROBE_PENALTY = 1e-3
+"""Ridge penalty of linear probes, relative to the features' mean square."""
 
 _DATA = Path(__file__).parent / "data" / "digits"
 
@@ -59,21 +68,126 @@ def experts() -> dict[str, Path]:
     return {task: _DATA / f"expert_{task}" for task in TASKS}
 
 
-class DigitsEvaluator:
-    """Scores an encoder on this suite's tasks; an `Evaluator`."""
+class DigitsSuite:
+    """Images, labels and heads of a digits suite, and an `Evaluator` of encoders on them.
 
-    identity = "digits"
+    A task with a head is scored by it; one that has only labels (held-out) by a linear probe,
+    fitted to the training images' features by ridge regression.
+
+    Args:
+        file: images, labels and heads.
+        base: the suite's base, whose tensors every checkpoint must have by name and shape.
+
+    Raises:
+        CheckpointError: an unreadable file, or one that holds something else.
+    """
+
+    def __init__(self, file: Path, base: Path) -> None:
+        source = SafetensorsFile(file)
+        try:
+            if "test.images" not in source.tensors:
+                raise CheckpointError(f"{file}: no tensor 'test.images', expected a digits suite")
+            self._arrays = {name: read_tensor(source, name) for name in source.tensors}
+        finally:
+            source.close()
+        for values in self._arrays.values():
+            values.setflags(write=False)  # shared by every caller
+        self.identity = f"digits {hashlib.sha256(file.read_bytes()).hexdigest()}"
+        self._shapes = _shapes(base)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Everything there are labels for."""
+        prefix = "test.labels."
+        return tuple(n.removeprefix(prefix) for n in self._arrays if n.startswith(prefix))
 
     def __call__(
         self, checkpoint: Path, split: Split, tasks: Sequence[str]
     ) -> Mapping[str, NDArray[np.bool_]]:
-        return correct(checkpoint, split, tasks)
+        return self.correct(checkpoint, split, tasks)
+
+    def examples(self, split: Split) -> Examples:
+        """The images and labels of a split."""
+        if split not in get_args(Split):
+            raise FusekitError(
+                f"the digits suite has no split {split!r}{did_you_mean(split, get_args(Split))}"
+            )
+        pixels = self._arrays[f"{split}.images"]
+        images = pixels.reshape(len(pixels), -1) / 16.0
+        images.setflags(write=False)
+        return Examples(images, {t: self._arrays[f"{split}.labels.{t}"] for t in self.tasks})
+
+    def head(self, task: str) -> NDArray[np.float32]:
+        """The frozen head of a task, `[classes, width]`."""
+        if f"heads.{task}" not in self._arrays:
+            known = [n.removeprefix("heads.") for n in self._arrays if n.startswith("heads.")]
+            raise FusekitError(f"the digits suite has no task {task!r}{did_you_mean(task, known)}")
+        return self._arrays[f"heads.{task}"]
+
+    def features(
+        self, checkpoint: Checkpoint, images: NDArray[np.floating[Any]]
+    ) -> NDArray[np.float64]:
+        """The encoder's output for images `[n, 64]` in [0, 1]: `[n, width]`."""
+        return _encode(_encoder(checkpoint, self._shapes), images)
+
+    def correct(
+        self, checkpoint: Checkpoint, split: Split, tasks: Sequence[str]
+    ) -> dict[str, NDArray[np.bool_]]:
+        """For every task whether each example of the split is classified correctly."""
+        known = self.examples(split)
+        for task in tasks:
+            if task not in known.labels:
+                self.head(task)  # says which tasks there are
+        with threadpool_limits(1, user_api="blas"):  # more threads only wait for one another
+            encoder = _encoder(checkpoint, self._shapes)
+            encoded = _encode(encoder, known.images)
+            return {
+                task: np.argmax(encoded @ self._readout(encoder, task).T, axis=1)
+                == known.labels[task]
+                for task in tasks
+            }
+
+    def calibrate(self, checkpoint: Path, task: str, statistic: str, out: Path) -> None:
+        """Measure an expert on training images of its task; an evaluator that `Calibrates`."""
+        from fusekit.evaluate.digits_training import measure_encoder
+
+        known = self.examples("train")
+        images = known.images[:CALIBRATION_EXAMPLES]
+        measure_encoder(_encoder(checkpoint, self._shapes), images, self.head(task), statistic, out)
+
+    def _readout(self, encoder: Mapping[str, NDArray[np.float64]], task: str) -> NDArray[Any]:
+        """What turns features into scores of classes: the task's head, or a fitted probe."""
+        if f"heads.{task}" in self._arrays:
+            return self._arrays[f"heads.{task}"]
+        known = self.examples("train")
+        seen = _encode(encoder, known.images)
+        wanted = np.eye(int(known.labels[task].max()) + 1)[known.labels[task]]
+        penalty = PROBE_PENALTY * np.trace(seen.T @ seen) / seen.shape[1] * np.eye(seen.shape[1])
+        return np.asarray(np.linalg.solve(seen.T @ seen + penalty, seen.T @ wanted).T)
 
 
-def evaluator(settings: Settings, folder: Path) -> DigitsEvaluator:
-    """The evaluator of the embedded suite; an `EvaluatorFactory` without settings."""
-    only_known(settings, ())
-    return DigitsEvaluator()
+def evaluator(settings: Settings, folder: Path) -> DigitsSuite:
+    """An `EvaluatorFactory`: the embedded suite, or one that was built.
+
+    Args:
+        settings: none, or `examples`, the suite's file, and `base`; relative to the folder.
+        folder: of the suite's YAML.
+
+    Raises:
+        FusekitError: a setting that is unknown or missing, or a file that is not there.
+    """
+    only_known(settings, ("examples", "base"))
+    if not settings:
+        return embedded()
+    if not all(isinstance(settings.get(key), str) for key in ("examples", "base")):
+        raise FusekitError("expected examples (a file) and base (a folder)")
+    return DigitsSuite(folder / settings["examples"], folder / settings["base"])
+
+
+@cache
+def embedded() -> DigitsSuite:
+    """The suite that comes with fusekit."""
+    return DigitsSuite(_DATA / "suite.safetensors", base())
 
 
 @cache
@@ -83,31 +197,16 @@ def examples(split: Split = "test") -> Examples:
     Raises:
         FusekitError: there is no such split.
     """
-    if split not in get_args(Split):
-        raise FusekitError(
-            f"the digits suite has no split {split!r}{did_you_mean(split, get_args(Split))}"
-        )
-    suite = _suite()
-    pixels = suite[f"{split}.images"]
-    images = pixels.reshape(len(pixels), -1) / 16.0
-    images.setflags(write=False)
-    return Examples(
-        images=images,
-        labels={task: suite[f"{split}.labels.{task}"] for task in (*TASKS, PRETRAINING_TASK)},
-    )
+    return embedded().examples(split)
 
 
-@cache
 def head(task: str) -> NDArray[np.float32]:
     """The frozen head of a task, `[classes, 64]`: its logits are `features @ head.T`.
 
     Raises:
         FusekitError: there is no such task.
     """
-    known = (*TASKS, PRETRAINING_TASK)
-    if task not in known:
-        raise FusekitError(f"the digits suite has no task {task!r}{did_you_mean(task, known)}")
-    return _suite()[f"heads.{task}"]
+    return embedded().head(task)
 
 
 def features(checkpoint: Checkpoint, images: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
@@ -120,7 +219,7 @@ def features(checkpoint: Checkpoint, images: NDArray[np.floating[Any]]) -> NDArr
         CheckpointError: the tensors are not those of the suite's base by name and shape, are not
             floating point, or hold NaN or Inf.
     """
-    return _encode(_encoder(checkpoint), images)
+    return embedded().features(checkpoint, images)
 
 
 def correct(
@@ -134,13 +233,7 @@ def correct(
         CheckpointError: as `features`.
         FusekitError: there is no such split or task.
     """
-    known = examples(split)
-    heads = {task: head(task) for task in tasks}
-    encoded = features(checkpoint, known.images)
-    return {
-        task: np.argmax(encoded @ weight.T, axis=1) == known.labels[task]
-        for task, weight in heads.items()
-    }
+    return embedded().correct(checkpoint, split, tasks)
 
 
 def evaluate(
@@ -209,20 +302,21 @@ def _encode(
     return hidden
 
 
-def _encoder(checkpoint: Checkpoint) -> dict[str, NDArray[np.float64]]:
+def _encoder(
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, NDArray[np.float64]]:
     if isinstance(checkpoint, Mapping):
         source: TensorSource = MemorySource(checkpoint)
     else:
         source = open_checkpoint(str(checkpoint)).source
     try:
-        _check_layout(source)
-        return {name: _finite(source, name) for name in source.tensors}
+        _check_layout(source, shapes)
+        return {name: read_finite(source, name) for name in source.tensors}
     finally:
         source.close()
 
 
-def _check_layout(source: TensorSource) -> None:
-    expected = _base_shapes()
+def _check_layout(source: TensorSource, expected: Mapping[str, tuple[int, ...]]) -> None:
     for name in [*expected, *source.tensors]:
         if name not in source.tensors:
             problem = f"tensor {name!r} is missing"
@@ -242,39 +336,9 @@ def _check_layout(source: TensorSource) -> None:
         raise CheckpointError(f"{source.label}: not an encoder of the digits suite: {problem}")
 
 
-def _finite(source: TensorSource, name: str) -> NDArray[np.float64]:
-    values = _read(source, name).astype(np.float64)
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise CheckpointError(
-            f"{source.where(name)}: tensor {name!r} holds {bad} NaN or Inf, expected finite values"
-        )
-    return values
-
-
-def _read(source: TensorSource, name: str) -> NDArray[Any]:
-    info = source.tensors[name]
-    values = np.empty(info.shape, dtype=info.dtype.numpy)
-    source.read_into(name, 0, info.size, values.reshape(-1).view(np.uint8).data)
-    return values
-
-
-@cache
-def _base_shapes() -> dict[str, tuple[int, ...]]:
-    source = open_checkpoint(str(base())).source
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    source = open_checkpoint(str(folder)).source
     try:
         return {name: info.shape for name, info in source.tensors.items()}
     finally:
         source.close()
-
-
-@cache
-def _suite() -> dict[str, NDArray[Any]]:
-    source = SafetensorsFile(_DATA / "suite.safetensors")
-    try:
-        suite = {name: _read(source, name) for name in source.tensors}
-    finally:
-        source.close()
-    for values in suite.values():
-        values.setflags(write=False)  # shared by every caller
-    return suite

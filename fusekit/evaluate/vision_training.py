@@ -31,8 +31,10 @@ from fusekit.evaluate.vision import (
 from fusekit.evaluate.vision_data import ORIGIN, PHOTO_SIZE, ImageFile, Images, prepare
 
 PATCH_SIZE = 8
-HEAD_WIDTH = 32
+HEAD_WIDTH = 16
 SHIFT = 3
+INITIAL_SPREAD = 0.1
+"""Of new weights: about 1 / sqrt(width); the default of large models learns far too slowly here."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,11 @@ class Plan:
     """What `--set` can change: the model's size, and how long base and experts are trained."""
 
     hidden_size: int = 64
-    layers: int = 6
+    layers: int = 4
     pretraining_steps: int = 3000
-    expert_steps: int = 300
-    learning_rate: float = 1e-3
-    expert_learning_rate: float = 3e-4
+    expert_steps: int = 500
+    learning_rate: float = 2e-3
+    expert_learning_rate: float = 7e-4
     batch: int = 64
 
 
@@ -93,11 +95,15 @@ def build(
     write_suite(
         out,
         {
-            "name": "vision",
+            "name": "-".join(["vision", *(f"{k}_{v}" for k, v in sorted(settings.items()))]),
             "evaluator": "vision",
             "base": "base",
             "experts": {task: f"experts/{task}" for task in folders if task != PRETRAINING_TASK},
             "forgetting": [PRETRAINING_TASK],
+            "axes": {
+                "size": sum(p.numel() for p in backbone(out / "base").parameters()),
+                "base_quality": plan.pretraining_steps,
+            },
             "settings": {
                 "images": str(images.relative_to(out)),
                 "heads": {task: str(path.relative_to(out)) for task, path in heads.items()},
@@ -158,6 +164,7 @@ def _new_backbone(plan: Plan) -> Any:
         patch_size=PATCH_SIZE,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
+        initializer_range=INITIAL_SPREAD,
     )
     return ViTModel(config, add_pooling_layer=False)
 

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-import importlib
+import shutil
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fusekit.errors import FusekitError
 from fusekit.evaluate import digits
 
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from fusekit.evaluate import digits_training  # noqa: E402
+from fusekit.evaluate.building import build_suite  # noqa: E402
+from fusekit.evaluate.runner import run_suite  # noqa: E402
+from fusekit.evaluate.suite import load_suite  # noqa: E402
+
+TINY = {"width": 32, "layers": 2, "pretraining_steps": 60, "expert_steps": 40}
 
 
-@pytest.fixture
-def training(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    return importlib.import_module("train_digits_experts")
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_suite("digits", tmp_path_factory.mktemp("digits"), settings=TINY)
 
 
-def test_features_are_those_of_the_trained_network(training: ModuleType) -> None:
+def test_features_are_those_of_the_trained_network() -> None:
     images = digits.examples("test").images
     for path in (digits.base(), *digits.experts().values()):
         tensors = load_file(path / "model.safetensors")
-        model = training.DigitsEncoder().double()
+        model = digits_training.DigitsEncoder().double()
         model.load_state_dict({name: torch.tensor(value) for name, value in tensors.items()})
         with torch.no_grad():
             reference = model(torch.tensor(images)).numpy()
@@ -57,3 +61,54 @@ def test_images_and_labels_are_scikit_learns_digits() -> None:
     }
     assert ours == theirs
     assert sum(len(part.images) for part in splits) == len(bunch.target)
+
+
+def test_a_built_suite_has_experts_a_multitask_model_and_held_out_tasks(built: Path) -> None:
+    suite = load_suite(built)
+    assert suite.tasks == digits.TASKS
+    assert suite.axes == {"size": 10592, "base_quality": 60}
+    result = run_suite(suite, ["linear"], built.parent / "out", budget=1, resamples=50)
+    for task, scores in result.experts.items():
+        assert scores[task] == max(each[task] for each in result.experts.values())
+    assert result.references["multitask"].normalised > result.references["base"].normalised
+    held_out = {"loops", "primes", "modulo_4"}
+    assert set(suite.forgetting) == {"digit", *held_out}
+    assert all(result.references["base"].scores[task] > 0.5 for task in held_out)
+
+
+def test_building_goes_on_where_it_stopped_and_gives_the_same(built: Path, tmp_path: Path) -> None:
+    made: list[str] = []
+    shutil.copytree(built.parent / "base", tmp_path / "base")
+    build_suite("digits", tmp_path, settings=TINY, on_progress=made.append)
+    assert [line.partition(":")[0] for line in made] == [
+        *(f"expert_{task}" for task in digits.TASKS),
+        "multitask",
+    ]
+    for folder in (f"expert_{digits.TASKS[-1]}", "multitask"):
+        ours, first = (root / folder / "model.safetensors" for root in (tmp_path, built.parent))
+        assert ours.read_bytes() == first.read_bytes()
+
+
+def test_methods_that_need_data_are_given_statistics(built: Path, tmp_path: Path) -> None:
+    methods = ["linear", "fisher", "regmean"]
+    result = run_suite(load_suite(built), methods, tmp_path, budget=2, resamples=50)
+    assert result.failed == {}
+    rows = {(row.method, row.variant): row for row in result.rows}
+    assert rows["linear", "default"].measuring_seconds == 0
+    assert rows["fisher", "default"].measuring_seconds > 0
+    regmean = rows["regmean", "default"]
+    assert regmean.normalised > rows["linear", "default"].normalised
+    assert regmean.total_seconds > regmean.measuring_seconds > 0
+    assert len(list((tmp_path / "statistics").glob("*-gram-*.safetensors"))) == len(digits.TASKS)
+
+
+def test_unusable_settings_are_refused(tmp_path: Path) -> None:
+    for settings, message in (
+        ({"widht": 3}, "unknown setting 'widht' (did you mean 'width'?)"),
+        ({"width": 0}, "width: found 0, expected a whole number of at least 1"),
+    ):
+        with pytest.raises(FusekitError) as error:
+            build_suite("digits", tmp_path, settings=settings)
+        assert message in str(error.value)
+    with pytest.raises(FusekitError, match="has its data in the package"):
+        build_suite("digits", tmp_path, data=tmp_path)
