@@ -206,11 +206,48 @@ def _files(path: Path) -> tuple[Path, Path | None]:
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
+    _check_fields(config, path)
     return config
+
+
+def _check_fields(config: Mapping[str, Any], path: Path) -> None:
+    """Refuse fields of a type that PEFT does not write."""
+    for field, least in (("r", 1), ("lora_alpha", None)):
+        if field in config and not _is_number(config[field], least):
+            raise CheckpointError(f"{path}: {field} is {config[field]!r}, expected a number")
+    for field, least in (("rank_pattern", 1), ("alpha_pattern", None)):
+        patterns = config.get(field) or {}
+        if not isinstance(patterns, dict):
+            raise CheckpointError(f"{path}: {field} is {patterns!r}, expected an object")
+        for pattern, value in patterns.items():
+            if not _is_number(value, least) or not _is_pattern(pattern):
+                raise CheckpointError(
+                    f"{path}: {field} has {pattern!r}: {value!r}, expected a pattern of module "
+                    "names and a number"
+                )
+    for field in ("target_parameters", "modules_to_save"):
+        names = config.get(field) or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(f"{path}: {field} is {names!r}, expected a list of names")
+
+
+def _is_number(value: Any, least: int | None) -> bool:
+    """A finite number; where there is a least one, of a size that shapes have."""
+    if type(value) not in (int, float) or not abs(value) < 1 << 60:
+        return False
+    return least is None or value >= least
+
+
+def _is_pattern(pattern: str) -> bool:
+    try:
+        re.compile(rf"(.*\.)?({pattern})$")
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
 
 
 def _open_weights(path: Path) -> TensorSource:

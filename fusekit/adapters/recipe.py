@@ -33,7 +33,7 @@ from fusekit.adapters.provenance import (
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
 from fusekit.checkpoint.layers import infer_layers
-from fusekit.checkpoint.references import parse_reference
+from fusekit.checkpoint.references import exists, parse_reference
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
@@ -415,7 +415,7 @@ def _candidates(text: str, folder: Path | None) -> list[Path]:
 
 def _kind(reference: str, folder: Path | None) -> Literal["adapter", "model", "unknown"]:
     """What a reference names, as far as a look at the disk tells."""
-    path = next((p for p in _candidates(reference, folder) if p.exists()), None)
+    path = next((p for p in _candidates(reference, folder) if exists(p)), None)
     if path is None:
         return "unknown" if parse_reference(reference).lora is None else "model"
     if path.is_file():
@@ -426,7 +426,7 @@ def _kind(reference: str, folder: Path | None) -> Literal["adapter", "model", "u
 def _folder(entry: ModelEntry, folder: Path | None) -> Path:
     """Where an adapter is: on this disk, or fetched from the hub."""
     for path in _candidates(entry.model, folder):
-        if path.exists():
+        if exists(path):
             return path
     parsed = parse_reference(entry.model)
     if not is_hub_reference(parsed.model):

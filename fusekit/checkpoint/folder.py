@@ -25,7 +25,7 @@ from fusekit.checkpoint.pipelines import (
     part_folders,
     weight_stem,
 )
-from fusekit.checkpoint.references import parse_reference
+from fusekit.checkpoint.references import exists, parse_reference
 from fusekit.checkpoint.remote import fetch_companions, is_url, open_url
 from fusekit.checkpoint.safetensors import (
     INDEX_SUFFIX,
@@ -193,7 +193,7 @@ def _candidates(reference: str, relative_to: Path | None) -> list[Path]:
 
 
 def _existing(reference: str, relative_to: Path | None) -> Path | None:
-    return next((path for path in _candidates(reference, relative_to) if path.exists()), None)
+    return next((path for path in _candidates(reference, relative_to) if exists(path)), None)
 
 
 def _missing(reference: str, relative_to: Path | None) -> CheckpointError:

@@ -6,12 +6,11 @@ The tensor `w` of the part in `unet/` is called `unet/w`.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from fusekit.checkpoint.safetensors import ShardedSource
+from fusekit.checkpoint.safetensors import ShardedSource, is_file_name
 from fusekit.checkpoint.source import TensorSource
 from fusekit.checkpoint.views import RenamedSource
 from fusekit.errors import CheckpointError
@@ -24,8 +23,6 @@ PIPELINE_FILES = (DIFFUSERS_FILE, MODULES_FILE)
 
 _ROOT = "."
 """A module in the pipeline's own folder."""
-
-_FOLDER = re.compile(r"\.|\w[\w. -]*")
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -74,7 +71,7 @@ def listed_parts(read: Callable[[str], bytes | None], label: str) -> list[str]:
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError):
             raise CheckpointError(f"{label}/{name}: expected {_FORMS[name]}") from None
         for part in found:
-            if not isinstance(part, str) or _FOLDER.fullmatch(part) is None:
+            if part != _ROOT and not is_file_name(part):
                 raise CheckpointError(
                     f"{label}/{name}: names the part {part!r}, expected a sub-folder"
                 )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fusekit.errors import RecipeError, did_you_mean
@@ -42,6 +43,14 @@ def parse_reference(text: str) -> ModelReference:
     if len(parts) == 1:
         return ModelReference(model, revision)
     return ModelReference(model, revision, *_revision(parts[1], text))
+
+
+def exists(path: Path) -> bool:
+    """Whether something is at a path; at a text longer than paths can be there is nothing."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def _revision(part: str, text: str) -> tuple[str, str | None]:

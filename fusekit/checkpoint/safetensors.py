@@ -25,6 +25,7 @@ MAX_DIMENSIONS = 64
 """As NumPy and PyTorch have it. Keeps hostile shapes from being expensive to multiply out."""
 
 INDEX_SUFFIX = ".safetensors.index.json"
+_LONGEST_NAME = 255
 
 Extent = tuple[TensorInfo, int, int]
 """A tensor with its absolute byte range `[begin, end)` in the file."""
@@ -241,6 +242,16 @@ class ShardedSource(TensorSource):
             shard.close()
 
 
+def is_file_name(name: object) -> bool:
+    """Whether something found in a file can name a file in a folder, and none elsewhere."""
+    if not isinstance(name, str) or Path(name).name != name or name in {"", ".", ".."}:
+        return False
+    try:
+        return len(name.encode()) <= _LONGEST_NAME and "\0" not in name
+    except UnicodeEncodeError:
+        return False
+
+
 def read_index(raw: bytes, label: str) -> dict[str, str]:
     """`tensor name -> shard file name` from an index file, with names that stay in the folder."""
     try:
@@ -249,7 +260,7 @@ def read_index(raw: bytes, label: str) -> dict[str, str]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{label}: expected JSON with a 'weight_map' object") from None
     for name, shard in items:
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in {"", ".", ".."}:
+        if not is_file_name(shard):
             raise CheckpointError(
                 f"{label}: tensor {name!r} points to {shard!r}, expected a file name in this folder"
             )

@@ -92,18 +92,16 @@ def verify(out: str | Path) -> Verification:
     path, text = _manifest_text(out)
     try:
         content = json.loads(text)
-        entries = dict(content["tensors"])
-        known = content["format"] == FORMAT and content["checksum"] == ALGORITHM
-    except (ValueError, KeyError, TypeError):
+        entries, side = _entries(content["tensors"]), _entries(content.get("side_tensors", {}))
+        form = content["format"], content["checksum"]
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: not a fusekit manifest") from None
-    if not known:
+    if form != (FORMAT, ALGORITHM):
         raise CheckpointError(
-            f"{path}: format {content['format']!r} with {content['checksum']!r}, "
-            f"expected {FORMAT!r} with {ALGORITHM!r}"
+            f"{path}: format {form[0]!r} with {form[1]!r}, expected {FORMAT!r} with {ALGORITHM!r}"
         )
     found = [_compare(open_checkpoint(str(out)).source, entries)]
-    side = content.get("side_tensors")
-    if isinstance(side, dict):
+    if side:
         try:
             found.append(_compare(open_checkpoint(_inside(out, SIDE_FILE)).source, side))
         except CheckpointError as error:
@@ -113,6 +111,13 @@ def verify(out: str | Path) -> Verification:
         sum(part.nbytes for part in found),
         tuple(problem for part in found for problem in part.problems),
     )
+
+
+def _entries(content: Any) -> dict[str, Mapping[str, Any]]:
+    """What a manifest says of tensors, by name. Raises TypeError if it is no such thing."""
+    if not isinstance(content, dict) or not all(isinstance(e, dict) for e in content.values()):
+        raise TypeError
+    return content
 
 
 def _inside(out: str | Path, name: str) -> str:

@@ -189,7 +189,10 @@ def _fast_tokenizer(path: Path) -> tuple[dict[str, int], dict[str, AddedToken], 
     else:
         ids = _ids(vocab, path)
     added: dict[str, AddedToken] = {}
-    for entry in document.get("added_tokens") or []:
+    entries = document.get("added_tokens") or []
+    if not isinstance(entries, list):
+        raise CheckpointError(f"{path}: added_tokens is {entries!r}, expected a list")
+    for entry in entries:
         token = _added_token(entry, None, path)
         added[token.content] = token
         ids[token.content] = token.id
@@ -231,7 +234,10 @@ def _extra_tokens(folder: Path, settings: Mapping[str, Any]) -> dict[str, AddedT
     """Tokens of tokenizer_config.json's `added_tokens_decoder` and of added_tokens.json."""
     found: dict[str, AddedToken] = {}
     place = folder / "tokenizer_config.json"
-    for key, entry in (settings.get("added_tokens_decoder") or {}).items():
+    decoder = settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise CheckpointError(f"{place}: added_tokens_decoder is {decoder!r}, expected an object")
+    for key, entry in decoder.items():
         if not key.isdecimal():
             raise CheckpointError(f"{place}: added_tokens_decoder has the key {key!r}, not an id")
         token = _added_token(entry, int(key), place)

@@ -14,17 +14,26 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
-from fusekit.checkpoint.folder import open_checkpoint
+from fusekit.adapters import load_adapter
+from fusekit.adapters.recipe import merges_adapters
+from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
+from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.npz import NpzFile
 from fusekit.checkpoint.pickles import PickleFile
+from fusekit.checkpoint.pipelines import listed_parts, read_file
 from fusekit.checkpoint.safetensors import SafetensorsFile, read_index
 from fusekit.checkpoint.source import TensorSource
+from fusekit.checkpoint.views import LoraSource
+from fusekit.engine.explain import explain
+from fusekit.engine.manifest import verify
 from fusekit.engine.operands import choose_operands
+from fusekit.engine.planner import plan, plan_checkpoints
 from fusekit.errors import FusekitError
 from fusekit.methods import find
 from fusekit.recipe.schema import load_recipe
 from fusekit.structure.upcycle import load_moe_recipe
 from tests.checkpoint.zip_files import state_dict, storage, tensor, write_checkpoint
+from tests.fuzz.structured import DOCUMENTS, as_bytes
 
 MAX_READ = 1 << 20
 
@@ -68,16 +77,22 @@ def archive(data: bytes) -> None:
 
 
 def index(data: bytes) -> None:
-    """An index of shards: the names in it stay in the folder."""
+    """An index of shards: the names in it stay in the folder, whose files are read through it."""
     try:
         found = read_index(data, "index")
     except FusekitError:
         return
     assert all("/" not in file and file not in {"", ".", ".."} for file in found.values())
+    with tempfile.TemporaryDirectory() as folder:
+        for number, name in enumerate("vw", start=1):
+            path = Path(folder) / f"model-{number}.safetensors"
+            path.write_bytes(save({name: np.zeros(6, np.float32)}))
+        (Path(folder) / "model.safetensors.index.json").write_bytes(data)
+        _open_and_close(folder)
 
 
 def recipe(data: bytes) -> None:
-    """A recipe of a merge, and one of a mixture."""
+    """A recipe of a merge, planned for small models, and one of a mixture."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "recipe.yml"
         path.write_bytes(data)
@@ -85,25 +100,142 @@ def recipe(data: bytes) -> None:
             load_moe_recipe(path)
         with contextlib.suppress(FusekitError):
             parsed = load_recipe(path)
-            choose_operands(parsed, find(parsed.merge_method))
+            if merges_adapters(parsed):
+                return
+            method = find(parsed.merge_method)
+            operands = choose_operands(parsed, method)
+            opened = [Checkpoint(name, MemorySource(MODEL)) for name in operands.models()[:50]]
+            if len(opened) == len(operands.models()):
+                explain(plan_checkpoints(parsed, method, operands, opened))
 
 
 def config(data: bytes) -> None:
-    """A config.json beside good weights."""
+    """A config.json of a model whose layers are stacked anew."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "model.safetensors").write_bytes(save(MODEL))
+        (Path(folder) / "config.json").write_bytes(data)
+        model = {"model": folder}
+        slices = [{"sources": [{**model, "layer_range": each}]} for each in ([0, 3], [1, 2])]
+        for what in ({"slices": slices}, {"models": [model]}):
+            with contextlib.suppress(FusekitError):
+                plan({"merge_method": "passthrough", "out_dtype": "float16", **what}).close()
+
+
+def _write_files(data: bytes, folder: Path) -> bool:
+    """Write the files that a JSON object of their contents by name describes."""
+    try:
+        files = json.loads(data)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(files, dict):
+        return False
+    for name, content in files.items():
+        if name in FILES:
+            (folder / name).write_bytes(json.dumps(content).encode("utf-8", "surrogatepass"))
+    return True
+
+
+def pipeline(data: bytes) -> None:
+    """The files that name a pipeline's parts: no part is outside of the folder."""
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place) / "m"
+        (folder / "unet").mkdir(parents=True)
+        (folder / "unet/model.safetensors").write_bytes(save({"w": np.zeros(6, np.float32)}))
+        if _write_files(data, folder):
+            _open_and_close(str(folder))
+            with contextlib.suppress(FusekitError):
+                for part in listed_parts(lambda name: read_file(folder / name), "m"):
+                    assert (folder / part).resolve().parent == folder.resolve()
+                    (folder / part).mkdir(exist_ok=True)
+
+
+def tokenizer(data: bytes) -> None:
+    """A tokenizer that is merged with a good one, and kept as it is."""
+    with tempfile.TemporaryDirectory() as place:
+        for name in "ab":
+            (Path(place) / name).mkdir()
+            (Path(place) / name / "model.safetensors").write_bytes(save(MODEL))
+        good = {"tokenizer.json": {"model": {"type": "BPE", "vocab": {"a": 0, "z": 1}}}}
+        _write_files(json.dumps(good).encode(), Path(place) / "a")
+        if not _write_files(data, Path(place) / "b"):
+            return
+        models = [{"model": f"{place}/{name}"} for name in "ab"]
+        content = {"merge_method": "linear", "parameters": {"weight": 1.0}}
+        for ordered in (models, models[::-1]):
+            for source in ("union", "base"):
+                with contextlib.suppress(FusekitError):
+                    plan(
+                        {
+                            **content,
+                            "models": ordered,
+                            "tokenizer_source": source,
+                            "chat_template": "auto",
+                        }
+                    ).close()
+
+
+def adapter(data: bytes) -> None:
+    """An adapter's config beside good factors."""
+    name = "base_model.model.model.layers.0.mlp.up_proj"
+    factors = {
+        f"{name}.lora_A.weight": np.ones((2, 4), np.float32),
+        f"{name}.lora_B.weight": np.ones((4, 2), np.float32),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "adapter_model.safetensors").write_bytes(save(factors))
+        (Path(folder) / "adapter_config.json").write_bytes(data)
+        with contextlib.suppress(FusekitError):
+            base = MemorySource(MODEL)
+            source = LoraSource(base, load_adapter(folder, base.tensors))
+            for info in source.tensors.values():
+                buffer = np.empty(info.nbytes, np.uint8)
+                source.read_into(info.name, 0, info.size, buffer.data)
+
+
+def manifest(data: bytes) -> None:
+    """The manifest of an output that is verified."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "model.safetensors").write_bytes(SEEDS["header"][0])
-        (Path(folder) / "config.json").write_bytes(data)
-        checkpoint = open_checkpoint(folder)
-        try:
-            checkpoint.config()
-        except FusekitError:
-            pass
-        finally:
-            checkpoint.source.close()
+        (Path(folder) / "manifest.json").write_bytes(data)
+        with contextlib.suppress(FusekitError):
+            verify(folder)
 
+
+def _open_and_close(folder: str) -> None:
+    with contextlib.suppress(FusekitError):
+        checkpoint = open_checkpoint(folder)
+        checkpoint.config()
+        checkpoint.parts()
+        checkpoint.companions()
+        checkpoint.source.close()
+
+
+MODEL = {
+    "model.embed_tokens.weight": np.zeros((8, 4), np.float32),
+    **{f"model.layers.{i}.mlp.up_proj.weight": np.zeros((4, 4), np.float32) for i in range(3)},
+    **{f"model.layers.{i}.self_attn.q.weight": np.zeros((4, 4), np.float32) for i in range(3)},
+    "model.norm.weight": np.zeros(4, np.float32),
+    "lm_head.weight": np.zeros((8, 4), np.float32),
+}
+"""A model that everything can be planned with."""
+
+FILES = {name for documents in DOCUMENTS.values() for each in documents for name in each}
+"""Names of files that documents describe."""
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    target.__name__: target for target in (header, pickle, archive, index, recipe, config)
+    target.__name__: target
+    for target in (
+        header,
+        pickle,
+        archive,
+        index,
+        recipe,
+        config,
+        pipeline,
+        tokenizer,
+        adapter,
+        manifest,
+    )
 }
 
 
@@ -204,4 +336,5 @@ SEEDS: dict[str, list[bytes]] = {
     ],
     "config": [b"{}", b"[", b"3", b'{"a": NaN}', b"\xff\xfe", b"[" * 100_000],
 }
-"""The corpus: what is right, and every kind of wrong that is known."""
+for _name, _documents in DOCUMENTS.items():
+    SEEDS.setdefault(_name, []).extend(map(as_bytes, _documents))

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.fuzz.structured import DOCUMENTS, as_bytes
+from tests.fuzz.structured import changed as restructured
 from tests.fuzz.targets import SEEDS, TARGETS
 
 CASES = [(name, i) for name, seeds in SEEDS.items() for i in range(len(seeds))]
@@ -47,3 +49,18 @@ def changed(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 @given(data=st.data())
 def test_changes_of_the_corpus_are_read_or_refused(name: str, data: st.DataObject) -> None:
     TARGETS[name](data.draw(changed(SEEDS[name])))
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+@settings(
+    max_examples=80,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_documents_of_another_structure_are_read_or_refused(name: str, data: st.DataObject) -> None:
+    document = data.draw(st.sampled_from(DOCUMENTS[name]))
+    chance = data.draw(st.randoms(use_true_random=False))
+    TARGETS[name](as_bytes(restructured(document, chance)))

@@ -10,7 +10,6 @@ import pytest
 
 from fusekit.structure.layouts import LAYOUTS as LAYOUTS_BY_NAME
 from fusekit.structure.upcycle import upcycle
-from tests.vectors import FOLDER
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
