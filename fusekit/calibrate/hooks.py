@@ -1,7 +1,8 @@
 """One engine that watches the inputs of modules and keeps streaming statistics of them.
 
-Modules that are fed the same tensor (query, key and value; gate and up) share one accumulator's
-work. Padding is left out. Nothing of the activations themselves is kept.
+Modules that are fed the same tensor (query, key and value; gate and up) share one accumulator.
+Inputs are collected until a matrix product is worth its while; padding is left out. Nothing of the
+activations themselves is kept.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from torch import Tensor, nn
 from fusekit.calibrate.models import Batch, as_in_use, device_of, forward, mask_of, to_device
 from fusekit.errors import FusekitError
 
-SPLIT_COLUMNS = 512
-"""A Gram matrix at least this wide is computed by blocks, those below the diagonal left out."""
+BLOCK_COLUMNS = 256
+"""Gram matrices are computed by blocks of so many rows, what lies below the diagonal left out."""
+
+COLLECTED_TOKENS = 1024
+"""Inputs are collected up to so many tokens before they are added to a statistic."""
 
 
 class Accumulator(ABC):
-    """A sum over tokens of what one module is fed, in float64."""
+    """A sum over tokens of what modules are fed, in float64."""
 
     def __init__(self, inputs: int, device: torch.device) -> None:
         self.sum = torch.zeros(self.shape(inputs), dtype=torch.float64, device=device)
@@ -36,12 +40,13 @@ class Accumulator(ABC):
         """Of the sum, for a module with that many inputs."""
 
     @abstractmethod
-    def measure(self, rows: Tensor) -> Tensor:
-        """The sum over rows (tokens, inputs)."""
+    def add(self, rows: Tensor) -> None:
+        """Take in rows (tokens, inputs)."""
 
-    def result(self) -> Tensor:
-        """The mean over tokens, in float32."""
-        return (self.sum / max(self.tokens, 1)).float()
+    @classmethod
+    def mean(cls, total: Tensor, tokens: int) -> Tensor:
+        """The statistic, in float32, of a sum over so many tokens."""
+        return (total / max(tokens, 1)).float()
 
 
 class Gram(Accumulator):
@@ -51,19 +56,14 @@ class Gram(Accumulator):
     def shape(inputs: int) -> tuple[int, ...]:
         return (inputs, inputs)
 
-    def measure(self, rows: Tensor) -> Tensor:
-        width = rows.shape[1]
-        if width < SPLIT_COLUMNS:
-            return rows.T @ rows
-        step = -(-width // 4)
-        product = rows.new_zeros((width, width))
-        for start in range(0, width, step):
-            left = rows[:, start : start + step]
-            product[start : start + step, start:] = left.T @ rows[:, start:]
-        return product
+    def add(self, rows: Tensor) -> None:
+        for start in range(0, rows.shape[1], BLOCK_COLUMNS):
+            block = slice(start, start + BLOCK_COLUMNS)
+            self.sum[block, start:] += rows[:, block].T @ rows[:, start:]
 
-    def result(self) -> Tensor:
-        mean = super().result()
+    @classmethod
+    def mean(cls, total: Tensor, tokens: int) -> Tensor:
+        mean = super().mean(total, tokens)
         return mean.triu() + mean.triu(1).T
 
 
@@ -74,30 +74,48 @@ class Mean(Accumulator):
     def shape(inputs: int) -> tuple[int, ...]:
         return (inputs,)
 
-    def measure(self, rows: Tensor) -> Tensor:
-        return rows.sum(0, dtype=torch.float64)
+    def add(self, rows: Tensor) -> None:
+        self.sum += rows.sum(0, dtype=torch.float64)
 
 
 class Norm(Mean):
     """Root mean square of every input: (inputs,)."""
 
-    def measure(self, rows: Tensor) -> Tensor:
-        return rows.double().square().sum(0)
+    def add(self, rows: Tensor) -> None:
+        self.sum += rows.double().square().sum(0)
 
-    def result(self) -> Tensor:
-        return (self.sum / max(self.tokens, 1)).sqrt().float()
+    @classmethod
+    def mean(cls, total: Tensor, tokens: int) -> Tensor:
+        return (total / max(tokens, 1)).sqrt().float()
 
 
 KINDS: dict[str, type[Accumulator]] = {"gram": Gram, "mean": Mean, "norm": Norm}
 
+Together = tuple[str, ...]
+"""Modules that are fed the same tensor."""
+
+SEPARATOR = "\n"
+"""Between the names of modules that share a sum on disk."""
+
 
 @dataclass
-class _Shared:
-    """What was computed from the tensor that was seen last."""
+class _Fed:
+    """The tensor that was seen last, as it was then, and the modules that were fed it so far."""
 
     source: Tensor
-    sum: Tensor
-    tokens: int
+    version: int
+    rows: Tensor
+    modules: list[str]
+
+    def is_fed(self, source: Tensor) -> bool:
+        """Whether a tensor is the same memory, unchanged."""
+        own = self.source
+        return (
+            own.data_ptr() == source.data_ptr()
+            and own.shape == source.shape
+            and own.stride() == source.stride()
+            and self.version == source._version
+        )
 
 
 class Capture:
@@ -112,18 +130,17 @@ class Capture:
     def __init__(self, model: nn.Module, kind: str, names: Sequence[str]) -> None:
         self.kind = kind
         self.model = model
-        self.accumulators = {
-            name: KINDS[kind](inputs_of(model.get_submodule(name)), device_of(model))
-            for name in names
-        }
-        self._shared: _Shared | None = None
+        self.names = list(names)
+        self._sums: dict[Together, Accumulator] = {}
+        self._collected: dict[Together, list[Tensor]] = {}
+        self._fed: _Fed | None = None
         self._mask: Tensor | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Hooks in place, removed again whatever happens."""
         with contextlib.ExitStack() as stack:
-            for name in self.accumulators:
+            for name in self.names:
                 module = self.model.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
             yield
@@ -137,50 +154,84 @@ class Capture:
 
     def forget(self) -> None:
         """Let go of the last input: another forward pass may put another one in its memory."""
-        self._shared = None
+        fed, self._fed = self._fed, None
+        if fed is not None:
+            modules = tuple(fed.modules)
+            collected = self._collected.setdefault(modules, [])
+            collected.append(fed.rows)
+            if sum(map(len, collected)) >= COLLECTED_TOKENS:
+                self._add_up(modules)
 
     def results(self) -> dict[str, Tensor]:
         """Every module's statistic; modules that were never called are left out."""
-        return {name: own.result() for name, own in self.accumulators.items() if own.tokens}
+        sums, counts = self.state()
+        found: dict[str, Tensor] = {}
+        means = {key: KINDS[self.kind].mean(total, counts[key]) for key, total in sums.items()}
+        for name in self.names:
+            keys = [key for key in sums if name in key.split(SEPARATOR)]
+            if len(keys) == 1:
+                found[name] = means[keys[0]]
+            elif keys:  # fed together with others in some calls and not in others
+                total = sum((sums[key] for key in keys[1:]), sums[keys[0]])
+                found[name] = KINDS[self.kind].mean(total, sum(counts[key] for key in keys))
+        return found
+
+    def counts(self) -> dict[str, int]:
+        """How many tokens each module has been fed; modules that were never called are left out."""
+        _, counts = self.state()
+        fed = {
+            name: sum(counts[key] for key in counts if name in key.split(SEPARATOR))
+            for name in self.names
+        }
+        return {name: count for name, count in fed.items() if count}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
-        """Sums and counts, from which measuring can go on."""
-        return (
-            {name: own.sum for name, own in self.accumulators.items()},
-            {name: own.tokens for name, own in self.accumulators.items()},
-        )
+        """Sums and counts, from which measuring can go on, by the modules that share them."""
+        self.forget()
+        for modules in list(self._collected):
+            self._add_up(modules)
+        sums = {SEPARATOR.join(modules): own.sum for modules, own in self._sums.items()}
+        return sums, {SEPARATOR.join(modules): own.tokens for modules, own in self._sums.items()}
 
     def restore(self, sums: dict[str, Tensor], counts: dict[str, int]) -> None:
         """Go on from an earlier state."""
-        for name, own in self.accumulators.items():
-            own.sum.copy_(sums[name])
-            own.tokens = counts[name]
+        for key, total in sums.items():
+            own = self._accumulator(tuple(key.split(SEPARATOR)))
+            own.sum.copy_(total)
+            own.tokens = counts[key]
+
+    def _accumulator(self, modules: Together) -> Accumulator:
+        if modules not in self._sums:
+            inputs = inputs_of(self.model.get_submodule(modules[0]))
+            self._sums[modules] = KINDS[self.kind](inputs, device_of(self.model))
+        return self._sums[modules]
+
+    def _add_up(self, modules: Together) -> None:
+        """Add what has been collected of modules to their statistic."""
+        collected = self._collected.pop(modules)
+        rows = collected[0] if len(collected) == 1 else torch.cat(collected)
+        own = self._accumulator(modules)
+        own.add(rows)
+        own.tokens += len(rows)
 
     def _hook(self, name: str) -> Callable[[nn.Module, Any], None]:
-        accumulator = self.accumulators[name]
-
         def hook(module: nn.Module, arguments: Any) -> None:
             source = arguments[0].detach()
-            seen = self._shared
-            if seen is None or not _same(seen.source, source):
-                rows = self._rows(source)
-                seen = self._shared = _Shared(source, accumulator.measure(rows), len(rows))
-            accumulator.sum += seen.sum
-            accumulator.tokens += seen.tokens
+            fed = self._fed
+            if fed is not None and name not in fed.modules and fed.is_fed(source):
+                fed.modules.append(name)
+                return
+            self.forget()
+            self._fed = _Fed(source, source._version, self._rows(source), [name])
 
         return hook
 
     def _rows(self, source: Tensor) -> Tensor:
-        """(tokens, inputs) in float32, padding left out."""
-        rows = source.reshape(-1, source.shape[-1]).float()
+        """(tokens, inputs) in float32, padding left out; a copy, which may outlive the input."""
+        rows = source.reshape(-1, source.shape[-1])
         if self._mask is not None and self._mask.shape == source.shape[:-1]:
-            rows = rows[self._mask.reshape(-1).bool()]
-        return rows
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are the same memory, unchanged."""
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a._version == b._version
+            return rows[self._mask.reshape(-1).bool()].float()
+        return rows.to(torch.float32, copy=True)
 
 
 def is_linear(module: nn.Module) -> bool:

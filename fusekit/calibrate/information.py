@@ -43,6 +43,7 @@ class Information:
         self.model = model
         self.estimator = estimator
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.names = list(self.parameters)
         self.sums = {name: torch.zeros_like(p).float() for name, p in self.parameters.items()}
         self.examples = 0
         self._seed = seed
@@ -63,6 +64,10 @@ class Information:
     def results(self) -> dict[str, Tensor]:
         """The mean over examples, by parameter."""
         return {name: total / max(self.examples, 1) for name, total in self.sums.items()}
+
+    def counts(self) -> dict[str, int]:
+        """How many examples have been taken in."""
+        return {"examples": self.examples}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Sums and counts, from which measuring can go on."""

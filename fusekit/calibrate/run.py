@@ -71,12 +71,11 @@ def measure(
     """
     target = Path(out)
     watching = _instrument(model, statistic, modules, estimator, seed, max_memory)
-    sums, _ = watching.state()
     described = {
         "statistic": statistic,
         **({"estimator": estimator, "seed": seed} if statistic == "fisher" else {}),
         "batches": len(batches),
-        "modules": sorted(sums),
+        "modules": sorted(watching.names),
         **(about or {}),
     }
     snapshot = _Snapshot(target.with_name(target.name + ".partial"), described)
@@ -91,11 +90,10 @@ def measure(
                 saved = now
             if on_progress is not None:
                 on_progress(Progress(position, len(batches), now - begun))
-    _, counts = watching.state()
     entries = {
         f"{name}/{statistic}": value.cpu().numpy() for name, value in watching.results().items()
     }
-    save_statistics(target, entries, {**described, "counts": counts})
+    save_statistics(target, entries, {**described, "counts": watching.counts()})
     snapshot.path.unlink(missing_ok=True)
     return target
 

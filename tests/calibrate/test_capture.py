@@ -119,6 +119,50 @@ def test_layers_fed_the_same_tensor_have_the_same_statistic(tmp_path: Path) -> N
     assert all(name.startswith(prefix) for name in found)
 
 
+class Uneven(torch.nn.Module):
+    """Layers fed one tensor in some calls only, in place and more than once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Linear(3, 3) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        y = self.a(x)
+        y = y + self.b(x if len(x) > 2 else x + 1.0)
+        x += 5.0
+        return y + self.c(x) + self.c(x)
+
+
+@pytest.mark.parametrize("kind", ["gram", "mean", "norm"])
+def test_layers_have_their_own_statistic_where_they_are_not_fed_alike(kind: str) -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 3), torch.randn(2, 3), torch.randn(5, 3)]
+    fed = {
+        "a": torch.cat(batches),
+        "b": torch.cat([batches[0], batches[1] + 1.0, batches[2]]),
+        "c": torch.cat(batches) + 5.0,
+    }
+    found = capture(Uneven(), batches, kind)
+    for name, rows in fed.items():
+        x = rows.double()
+        expected = {
+            "gram": x.T @ x / len(x),
+            "mean": x.mean(0),
+            "norm": x.square().mean(0).sqrt(),
+        }[kind]
+        torch.testing.assert_close(found[name], expected.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_long_calibration_is_as_exact_as_float64() -> None:
+    """Sums over many collections do not lose what float32 sums would."""
+    torch.manual_seed(0)
+    batches = [100.0 + torch.randn(700, 4) for _ in range(40)]
+    x = torch.cat(batches).double()
+    found = capture(torch.nn.Sequential(torch.nn.Linear(4, 2)), batches)["0"]
+    torch.testing.assert_close(found, (x.T @ x / len(x)).float(), rtol=3e-7, atol=0)
+
+
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path).train()
     model.model.layers[0].eval()
