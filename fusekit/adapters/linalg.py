@@ -51,9 +51,9 @@ class ThinSvd:
             "left": (np.ones_like(self.S), self.S),
             "right": (self.S, np.ones_like(self.S)),
         }[split]
-        A = (on_a * signs)[:, None] * self.Vt
-        B = self.U * (on_b * signs)
-        return A.astype(np.float32), B.astype(np.float32)
+        A = (on_a * signs).astype(self.Vt.dtype)[:, None] * self.Vt
+        B = self.U * (on_b * signs).astype(self.U.dtype)
+        return A.astype(np.float32, copy=False), B.astype(np.float32, copy=False)
 
 
 @dataclass(frozen=True, slots=True)
