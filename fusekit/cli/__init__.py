@@ -18,6 +18,7 @@ from fusekit.cli import (
     moe,
     plan,
     reconstruct,
+    soup,
     suite,
     tokens,
     verify,
@@ -37,6 +38,7 @@ app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("methods")(methods.methods)
 app.command("reconstruct")(reconstruct.reconstruct)
+app.command("soup")(soup.soup)
 app.command("verify")(verify.verify)
 app.command("calibrate")(calibrate.calibrate)
 app.command("demo")(demo.demo)

@@ -9,7 +9,14 @@ from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from fusekit.learn.learned import LearnedSoup, learned_soup
-    from fusekit.learn.soups import GreedySoup, Selection, greedy_soup, greedy_soup_folder, select
+    from fusekit.learn.soups import (
+        GreedySoup,
+        Selection,
+        greedy_soup,
+        greedy_soup_folder,
+        select,
+        uniform_soup_folder,
+    )
     from fusekit.learn.surgery import Surgery, fit_surgery
 
 _HOMES = {
@@ -22,6 +29,7 @@ _HOMES = {
     "greedy_soup_folder": "soups",
     "learned_soup": "learned",
     "select": "soups",
+    "uniform_soup_folder": "soups",
 }
 
 __all__ = [
@@ -34,6 +42,7 @@ __all__ = [
     "greedy_soup_folder",
     "learned_soup",
     "select",
+    "uniform_soup_folder",
 ]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shlex
-import shutil
 import subprocess
 import tempfile
 import warnings
@@ -13,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fusekit.engine.run import merge, merge_state_dicts
+from fusekit.checkpoint.writer import check_target
+from fusekit.engine.planner import plan
+from fusekit.engine.run import MergeReport, merge, merge_state_dicts
 from fusekit.errors import FusekitError
 
 Accept = Literal[">", ">="]
@@ -82,6 +83,12 @@ def select(
         if trial > needed or (accept == ">=" and trial == needed):
             ingredients.append(candidate)
             best = trial
+    if trials and max(trials) < min(scores):
+        warnings.warn(
+            "every average scored below the worst single model: do the models share the weights "
+            "they were fine-tuned from?",
+            stacklevel=2,
+        )
     return Selection(tuple(scores), tuple(order), tuple(trials), tuple(ingredients), best)
 
 
@@ -139,6 +146,8 @@ def greedy_soup_folder(
     accept: Accept = ">=",
     minimum_gain: float = 0.0,
     threads: int | None = None,
+    overwrite: bool = False,
+    on_score: Callable[[Sequence[int], float], None] | None = None,
 ) -> Selection:
     """A greedy soup of checkpoints, scored by a command, written to a folder.
 
@@ -149,28 +158,46 @@ def greedy_soup_folder(
         out: the folder to create.
         accept, minimum_gain: see `select`.
         threads: of the merges.
+        overwrite: replace `out` if it exists, once the soup is chosen.
+        on_score: called with the indices of the models of every candidate and its score.
 
     Raises:
         FusekitError: the command fails or prints no number; `out` exists.
     """
     target = Path(out)
-    if target.exists():
-        raise FusekitError(f"{target}: exists already, expected a new folder")
+    check_target(target, overwrite)
+    plan(_average(models)).close()  # models that do not match are refused before any evaluation
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def score(indices: Sequence[int]) -> float:
+        value = measured(indices)
+        if on_score is not None:
+            on_score(indices, value)
+        return value
+
+    def measured(indices: Sequence[int]) -> float:
         if len(indices) == 1 and Path(models[indices[0]]).is_dir():
             return run_scorer(command, models[indices[0]])
         with tempfile.TemporaryDirectory(prefix=".soup-", dir=target.parent) as scratch:
             candidate = Path(scratch) / "candidate"
             merge(_average([models[i] for i in indices]), candidate, threads=threads)
-            value = run_scorer(command, str(candidate))
-            shutil.rmtree(candidate)
-        return value
+            return run_scorer(command, str(candidate))
 
     selection = select(len(models), score, accept=accept, minimum_gain=minimum_gain)
-    merge(_average([models[i] for i in selection.ingredients]), target, threads=threads)
+    chosen = _average([models[i] for i in selection.ingredients])
+    merge(chosen, target, threads=threads, overwrite=overwrite)
     return selection
+
+
+def uniform_soup_folder(
+    models: Sequence[str],
+    out: str | Path,
+    *,
+    threads: int | None = None,
+    overwrite: bool = False,
+) -> MergeReport:
+    """The average of checkpoints, written to a folder; arguments as of `greedy_soup_folder`."""
+    return merge(_average(models), out, threads=threads, overwrite=overwrite)
 
 
 def _average(models: Sequence[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from fusekit.errors import FusekitError
+from fusekit.errors import CheckpointError, FusekitError
 from fusekit.learn import greedy_soup, greedy_soup_folder, select
 from fusekit.learn.soups import run_scorer
 from tests.vectors import Case, assert_close, read_case
@@ -69,16 +70,41 @@ SCORER = (
 )
 
 
-def test_soup_of_folders_is_scored_by_a_command(tmp_path: Path) -> None:
-    folders = []
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """Models whose only tensor is 0, 1 and 5."""
+    made = []
     for value in (0.0, 1.0, 5.0):
         folder = tmp_path / f"model{value:g}"
         folder.mkdir()
         save_file({"w": np.full(4, value, np.float32)}, folder / "model.safetensors")
-        folders.append(str(folder))
-    command = f'{sys.executable} -c "{SCORER}" {{model}}'
-    selection = greedy_soup_folder(folders, command, tmp_path / "soup", threads=1)
+        made.append(str(folder))
+    return made
+
+
+COMMAND = f'{sys.executable} -c "{SCORER}" {{model}}'
+
+
+def run_cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "fusekit", "soup", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_soup_of_folders_is_scored_by_a_command(tmp_path: Path, folders: list[str]) -> None:
+    seen: list[tuple[int, ...]] = []
+    selection = greedy_soup_folder(
+        folders,
+        COMMAND,
+        tmp_path / "soup",
+        threads=1,
+        on_score=lambda indices, value: seen.append(tuple(indices)),
+    )
     assert selection.ingredients == (1, 0)
+    assert seen == [(0,), (1,), (2,), (1, 0), (1, 0, 2)]
     assert load_file(tmp_path / "soup" / "model.safetensors")["w"].tolist() == [0.5] * 4
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "model0",
@@ -86,6 +112,43 @@ def test_soup_of_folders_is_scored_by_a_command(tmp_path: Path) -> None:
         "model5",
         "soup",
     ]
+
+
+def test_the_command_makes_greedy_soups(tmp_path: Path, folders: list[str]) -> None:
+    out = tmp_path / "soup"
+    done = run_cli(str(out), *folders, "--evaluate", COMMAND)
+    assert done.returncode == 0, done.stderr
+    assert "2 of 3 models, score -0 (best single model -0.5)" in done.stdout
+    assert done.stdout.splitlines()[1:] == [f"  {folders[1]}", f"  {folders[0]}"]
+    assert len(done.stderr.splitlines()) == 5
+    assert load_file(out / "model.safetensors")["w"].tolist() == [0.5] * 4
+    again = run_cli(str(out), *folders, "--evaluate", COMMAND)
+    assert again.returncode == 2
+    assert str(out) in again.stderr
+
+
+def test_the_command_makes_uniform_soups(tmp_path: Path, folders: list[str]) -> None:
+    done = run_cli(str(tmp_path / "soup"), *folders)
+    assert done.returncode == 0, done.stderr
+    assert load_file(tmp_path / "soup" / "model.safetensors")["w"].tolist() == [2.0] * 4
+    odd = run_cli(str(tmp_path / "other"), *folders, "--accept", ">")
+    assert odd.returncode == 2
+    assert "need --evaluate" in odd.stderr
+
+
+def test_models_that_do_not_match_are_refused_before_any_evaluation(
+    tmp_path: Path, folders: list[str]
+) -> None:
+    save_file({"w": np.zeros(3, np.float32)}, Path(folders[2]) / "model.safetensors")
+    command = f"{sys.executable} -c \"raise SystemExit('evaluated')\""
+    with pytest.raises(CheckpointError, match="tensor 'w'"):
+        greedy_soup_folder(folders, command, tmp_path / "soup")
+
+
+def test_models_of_different_origin_are_pointed_out() -> None:
+    scores = {1: 0.9, 2: 0.1, 3: 0.1}
+    with pytest.warns(UserWarning, match="every average scored below the worst single model"):
+        select(3, lambda indices: scores[len(indices)])
 
 
 @pytest.mark.parametrize(
