@@ -328,7 +328,7 @@ def _layout(comparison: Comparison) -> tuple[int, int]:
 
 def _thresholds(row: Array) -> Floats:
     """Magnitudes that separate the largest 1, 5 and 20 % of entries; never zero."""
-    step = max(1, row.size // _THRESHOLD_ELEMENTS)
+    step = max(1, row.size // _THRESHOLD_ELEMENTS) | 1  # odd: not always the same columns
     magnitudes = np.abs(row[::step])
     ranks = [magnitudes.size - math.ceil(share * magnitudes.size) for share in TOP_SHARES]
     values = np.partition(magnitudes, sorted(set(ranks)))[ranks].astype(np.float64)

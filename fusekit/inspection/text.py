@@ -12,26 +12,29 @@ from fusekit.inspection.result import Advice, Group, Inspection
 from fusekit.inspection.statistics import Floats, Statistics, pairs
 
 MAX_MODELS_IN_MATRIX = 8
-MAX_MODELS_SIDE_BY_SIDE = 4
 MAX_FINDINGS = 6
 MAX_LAYERS = 3
+LEAST_NAME = 12
+_GAP = "    "
 
 
 def summary(inspection: Inspection, width: int = 100) -> str:
-    """What was measured, found and advised; about a screen."""
-    lines = [_headline(inspection)]
+    """What was measured, found and advised, in lines of at most `width`; about a screen."""
+    lines = _wrapped(_headline(inspection), width)
     if inspection.whole is not None:
-        lines += ["", *_model_table(inspection, inspection.whole)]
-        lines += _pair_tables(inspection.models, inspection.whole.statistics)
-        lines += _where(inspection)
+        lines += ["", *_model_table(inspection, inspection.whole, width)]
+        lines += _pair_tables(inspection.models, inspection.whole.statistics, width)
+        lines += _where(inspection, width)
     if inspection.findings:
         lines.append("")
         for found in inspection.findings[:MAX_FINDINGS]:
             lines += _wrapped(f"{found.severity}: {found.text}", width)
         if len(inspection.findings) > MAX_FINDINGS:
             lines.append(f"and {len(inspection.findings) - MAX_FINDINGS} more (--json lists all)")
+    if inspection.advice:
+        lines.append("")
     for advice in inspection.advice:
-        lines += ["", *_advised(advice, width)]
+        lines += _advised(advice, width)
     return "\n".join(lines)
 
 
@@ -48,12 +51,12 @@ def _headline(inspection: Inspection) -> str:
     )
 
 
-def _model_table(inspection: Inspection, whole: Group) -> list[str]:
+def _model_table(inspection: Inspection, whole: Group, width: int) -> list[str]:
     known = whole.statistics
     if not known.has_base:
         norms = zip(inspection.models, known.norms, strict=True)
         rows = [[name, _number(norm)] for name, norm in norms]
-        return _table(["model", "norm"], rows)
+        return _table(["model", "norm"], rows, width)
     head = ["model", "|d|/|base|", "changed", "top 5 %", "kurtosis", "stable rank", "eff. rank"]
     rows = [
         [
@@ -67,50 +70,53 @@ def _model_table(inspection: Inspection, whole: Group) -> list[str]:
         ]
         for i, name in enumerate(inspection.models)
     ]
-    return _table(head, rows)
+    return _table(head, rows, width)
 
 
-def _pair_tables(models: Sequence[str], known: Statistics) -> list[str]:
+def _pair_tables(models: Sequence[str], known: Statistics, width: int) -> list[str]:
     if not 1 < len(models) <= MAX_MODELS_IN_MATRIX:
         return []
     numbers = [str(i + 1) for i in range(len(models))]
     blocks = [_matrix("cosine", numbers, known.cosine)]
-    lines = []
+    ranges: list[str] = []
     if known.has_base:
-        if len(models) <= MAX_MODELS_SIDE_BY_SIDE:
-            blocks.append(_matrix("same sign", numbers, known.sign_agreement))
-            blocks.append(_matrix("overlap", numbers, known.overlap))
+        others = {"same sign": known.sign_agreement, "overlap": known.overlap}
+        more = [_matrix(title, numbers, values) for title, values in others.items()]
+        if sum(max(map(len, block)) for block in (*blocks, *more)) + 2 * len(_GAP) <= width:
+            blocks += more
         else:
-            lines.append(
-                f"same sign {_range(known.sign_agreement)}, overlap of the largest 20 % "
-                f"{_range(known.overlap)}"
-            )
-        lines.append(
+            ranges = [
+                f"same sign {_range(known.sign_agreement)}; overlap of the largest 20 % "
+                f"{_range(known.overlap)} (chance: 20 %)"
+            ]
+        ranges.append(
             f"opposite signs where two models moved: {_percent(known.conflict_rate)}, among their "
             f"largest 20 %: {_percent(known.top_conflict_rate)}; lost by adding: "
             f"{_percent(known.cancellation)}"
         )
-    return ["", *("    ".join(parts) for parts in zip(*blocks, strict=True)), *lines]
+    side_by_side = [_GAP.join(parts) for parts in zip(*blocks, strict=True)]
+    return ["", *side_by_side, *(line for text in ranges for line in _wrapped(text, width))]
 
 
 def _matrix(title: str, names: Sequence[str], values: Floats) -> list[str]:
+    """The upper triangle: a column for every model but the first, a row for all but the last."""
     wide = max(9, len(title))
-    lines = [f"{title:<{wide}}" + "".join(f"{name:>7}" for name in names)]
-    for i, name in enumerate(names):
+    lines = [f"{title:<{wide}}" + "".join(f"{name:>6}" for name in names[1:])]
+    for i, name in enumerate(names[:-1]):
         cells = "".join(
-            f"{_short(values[i, j]):>7}" if j > i else " " * 7 for j in range(len(names))
+            f"{_short(values[i, j]):>6}" if j > i else " " * 6 for j in range(1, len(names))
         )
         lines.append(f"{name:>{wide}}" + cells)
-    return lines[:-1]
+    return lines
 
 
-def _where(inspection: Inspection) -> list[str]:
+def _where(inspection: Inspection, width: int) -> list[str]:
     if inspection.base is None or len(inspection.layers) < 2:
         return []
     return [
         "",
-        f"most changed layers   {_largest(inspection.layers)}",
-        f"most changed modules  {_largest(inspection.kinds)}",
+        *_wrapped(f"most changed layers   {_largest(inspection.layers)}", width),
+        *_wrapped(f"most changed modules  {_largest(inspection.kinds)}", width),
     ]
 
 
@@ -126,8 +132,14 @@ def _advised(advice: Advice, width: int) -> list[str]:
     return lines + [line for reason in reasons for line in _wrapped(f"   {reason}", width)]
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    numbered = [[f"{i + 1} {row[0]}", *row[1:]] for i, row in enumerate(rows)]
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
+    """Rows numbered from 1; names that leave too little room are cut in their middle."""
+    columns = zip(*(row[1:] for row in [head, *rows]), strict=True)
+    room = width - sum(max(map(len, column)) + 2 for column in columns)
+    numbered = [
+        [_shortened(f"{i + 1} {row[0]}", max(room, LEAST_NAME)), *row[1:]]
+        for i, row in enumerate(rows)
+    ]
     widths = [max(map(len, column)) for column in zip(head, *numbered, strict=True)]
     return [
         "  ".join(
@@ -136,6 +148,13 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         )
         for row in [head, *numbered]
     ]
+
+
+def _shortened(text: str, length: int) -> str:
+    if len(text) <= length:
+        return text
+    tail = (length - 1) // 2
+    return f"{text[: length - 1 - tail]}…{text[-tail:]}"
 
 
 def _wrapped(text: str, width: int) -> list[str]:

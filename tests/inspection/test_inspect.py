@@ -105,6 +105,21 @@ def test_large_tensors_are_sampled_within_the_sampling_error(
     assert (sampled.whole.stable_rank <= exact.whole.stable_rank * 2).all()
 
 
+def test_samples_do_not_favour_columns() -> None:
+    shape = (2048, 128)
+    rng = np.random.default_rng(0)
+    base = {"w": rng.standard_normal(shape).astype(np.float32)}
+    scale = np.where(np.arange(128) % 4 == 0, 0.05, 0.01)
+    delta = {"w": (scale * rng.standard_normal(shape)).astype(np.float32)}
+    found = inspect([moved(base, delta)], base=base)
+    assert found.whole is not None and found.tensors[0].sampled
+    squares = np.sort(np.square(moved(base, delta)["w"] - base["w"]).ravel())[::-1]
+    exact = [squares[: round(share * squares.size)].sum() for share in (0.01, 0.05, 0.2)]
+    np.testing.assert_allclose(
+        found.whole.statistics.energy_profile[0], exact / squares.sum(), rtol=0.05
+    )
+
+
 @pytest.mark.parametrize("shape", [(64, 48), (700, 500)])
 def test_planted_ranks_come_back(shape: tuple[int, int]) -> None:
     rng = np.random.default_rng(3)
@@ -196,6 +211,25 @@ def test_longer_vocabularies_are_compared_on_common_rows(tmp_path: Path) -> None
     assert any(a.recipe == {"tokenizer_source": "union"} for a in found.advice)
 
 
+def test_tokenizers_that_disagree_are_counted(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    vocabularies = {
+        "base": ["a", "b", "c", "d"],
+        "same": ["a", "b", "c", "d"],
+        "other": ["b", "a", "c", "e", "f"],
+    }
+    for name, words in vocabularies.items():
+        save(tmp_path / name, moved(BASE, FIRST) if name != "base" else BASE)
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+    found = inspect([tmp_path / "same", tmp_path / "other"], base=tmp_path / "base")
+    (finding,) = [f for f in found.findings if f.subject == "tokenizer"]
+    assert finding.models == ("other",)
+    assert "2 tokens more, 1 fewer, 2 with another id" in finding.text
+    assert any(a.recipe == {"tokenizer_source": "union"} for a in found.advice)
+
+
 def test_tying_is_compared_with_what_config_says(tmp_path: Path) -> None:
     tied = dict(BASE, **{"lm_head.weight": BASE["model.embed_tokens.weight"]})
     base = save(tmp_path / "base", tied, {"tie_word_embeddings": True})
@@ -266,13 +300,23 @@ def test_without_a_base_the_weights_themselves_are_compared() -> None:
     assert "Give --base" in summary(found)
 
 
-def test_the_summary_fits_a_screen() -> None:
-    models = [moved(BASE, noise(BASE, i)) for i in range(1, 9)]
-    text = summary(inspect(models, base=BASE))
-    assert len(text.splitlines()) <= 50
-    assert max(map(len, text.splitlines())) <= 110
+@pytest.mark.parametrize("count", [2, 4, 8])
+@pytest.mark.parametrize("width", [80, 110])
+def test_the_summary_fits_a_screen(count: int, width: int, tmp_path: Path) -> None:
+    models = [
+        save(
+            tmp_path / f"a-model-with-a-rather-long-name-{i}-of-{count}",
+            moved(BASE, noise(BASE, i)),
+        )
+        for i in range(1, count + 1)
+    ]
+    text = summary(inspect(models, base=BASE), width)
+    assert len(text.splitlines()) <= 40
+    assert max(map(len, text.splitlines())) <= width
     assert "Start with task arithmetic" in text
-    assert text.splitlines()[0].startswith("8 models against base: ")
+    assert " ".join(text.split()).startswith(f"{count} models against base: ")
+    table = [line for line in text.splitlines() if line.startswith(f"{count} a-mod")]
+    assert len(table) == 1 and f"{count}-of-{count} " in table[0]
 
 
 def test_wrong_input_is_refused_in_one_sentence(tmp_path: Path) -> None:
