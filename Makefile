@@ -35,7 +35,7 @@ soak: $(VENV)/.dev
 
 # A minute of every target; guided by coverage where atheris is installed.
 fuzz: $(VENV)/.dev
-	for target in header pickle archive index recipe config; do \
+	for target in header pickle archive index recipe config pipeline tokenizer adapter manifest; do \
 	  $(BIN)/python -m tests.fuzz $$target --seconds 60 || exit 1; done
 
 bench: $(VENV)/.core

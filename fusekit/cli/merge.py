@@ -46,7 +46,12 @@ def merge(
         bool, typer.Option("--dry-run", help="Print the plan and stop: nothing is written.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option(help="Continue an interrupted merge, or start over.")
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            " /--restart",
+            help="Continue an interrupted merge, or start over.",
+        ),
     ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")

@@ -18,6 +18,14 @@ def moe(
     out_shard_size: Annotated[
         str, typer.Option(help="Largest size of a weight file, such as 5GB or 500MB.")
     ] = "5GB",
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            " /--restart",
+            help="Continue an interrupted run, or start over.",
+        ),
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
     ] = False,
@@ -34,6 +42,7 @@ def moe(
         out,
         threads=threads,
         out_shard_size=parse_size(out_shard_size),
+        resume=resume,
         overwrite=overwrite,
         device=device,
     )

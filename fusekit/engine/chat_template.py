@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
+from fusekit.errors import CheckpointError
 from fusekit.recipe.chat_templates import chosen_template
+from fusekit.tokenizers.vocabulary import read_json
 
 _FILE = "chat_template.jinja"
 _SETTINGS = "tokenizer_config.json"
@@ -30,10 +32,10 @@ def with_chat_template(
     )
     if template is None:
         return dict(files)
-    settings = json.loads(_content(_SETTINGS, files, reference) or b"{}")
+    settings = _settings(files, reference)
     settings.pop("chat_template", None)
     changed = dict(files)
-    if _content(_FILE, files, reference) is not None:
+    if files[_FILE] is not None if _FILE in files else _has(reference.folder, _FILE):
         changed[_FILE] = template.encode()
     else:
         settings["chat_template"] = template
@@ -41,24 +43,33 @@ def with_chat_template(
     return changed
 
 
-def _content(name: str, files: Mapping[str, bytes | None], reference: Checkpoint) -> bytes | None:
-    if name in files:
-        return files[name]
-    path = None if reference.folder is None else reference.folder / name
-    return path.read_bytes() if path is not None and path.is_file() else None
+def _settings(files: Mapping[str, bytes | None], reference: Checkpoint) -> dict[str, Any]:
+    """The output's tokenizer_config.json so far."""
+    if _SETTINGS in files:
+        made: dict[str, Any] = json.loads(files[_SETTINGS] or b"{}")
+        return made
+    if reference.folder is None or not _has(reference.folder, _SETTINGS):
+        return {}
+    return read_json(reference.folder / _SETTINGS)
+
+
+def _has(folder: Path | None, name: str) -> bool:
+    return folder is not None and (folder / name).is_file()
 
 
 def _template(folder: Path | None) -> str | None:
     """A model's chat template; of several named ones the default."""
     if folder is None:
         return None
-    if (folder / _FILE).is_file():
-        return (folder / _FILE).read_text(encoding="utf-8")
-    if not (folder / _SETTINGS).is_file():
+    if _has(folder, _FILE):
+        try:
+            return (folder / _FILE).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise CheckpointError(f"{folder / _FILE}: not UTF-8 text") from None
+    if not _has(folder, _SETTINGS):
         return None
-    settings: dict[str, Any] = json.loads((folder / _SETTINGS).read_text(encoding="utf-8"))
-    found = settings.get("chat_template")
+    found = read_json(folder / _SETTINGS).get("chat_template")
     if isinstance(found, list):
-        named = {entry["name"]: entry["template"] for entry in found}
-        found = named.get("default")
+        entries = [entry for entry in found if isinstance(entry, dict)]
+        found = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     return found if isinstance(found, str) else None

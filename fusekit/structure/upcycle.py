@@ -147,6 +147,7 @@ def upcycle(
     *,
     threads: int | None = None,
     out_shard_size: int = DEFAULT_SHARD_BYTES,
+    resume: bool = True,
     overwrite: bool = False,
     device: str = "cpu",
 ) -> UpcycleReport:
@@ -163,6 +164,7 @@ def upcycle(
         out: the folder to create.
         threads: worker threads.
         out_shard_size: largest size of a weight file in bytes.
+        resume: continue a run that was interrupted; False starts over.
         overwrite: replace `out` if it exists, once the new one is complete.
         device: where the base model is run, for modes that run it.
 
@@ -182,7 +184,7 @@ def upcycle(
         mixture = _Mixture(parsed, models)
         routers = mixture.routers(device)
         plan = _plan(parsed, mixture, routers, out_shard_size)
-        report = run_plan(plan, target, threads=threads)
+        report = run_plan(plan, target, threads=threads, resume=resume)
     return UpcycleReport(report, mixture.layout.name, mixture.warnings(routers))
 
 

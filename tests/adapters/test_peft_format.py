@@ -374,6 +374,12 @@ def test_a_dead_row_stays_dead_under_dora():
         ({"init_lora_weights": "pissa_niter_4"}, "relative to a modified base"),
         ({"r": 4}, "module 'q' has rank 2 in its tensors, adapter_config.json says 4"),
         ({"rank_pattern": {"q": 3}}, "adapter_config.json says 3"),
+        ({"r": "2"}, "r is '2', expected a number"),
+        ({"lora_alpha": [4]}, "lora_alpha is [4], expected a number"),
+        ({"rank_pattern": ["q"]}, "rank_pattern is ['q'], expected an object"),
+        ({"alpha_pattern": {"q(": 3}}, "alpha_pattern has 'q(': 3, expected a pattern"),
+        ({"target_parameters": {"q": 1}}, "expected a list of names"),
+        ({"modules_to_save": [1]}, "modules_to_save is [1], expected a list of names"),
     ],
 )
 def test_configs_that_cannot_be_honoured_are_refused(change, message, tmp_path):

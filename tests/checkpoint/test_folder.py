@@ -107,3 +107,8 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not a safetensors file") as caught:
         open_checkpoint(str(tmp_path / "m.safetensors"))
     assert str(tmp_path / "m.safetensors") in str(caught.value)
+
+
+def test_a_reference_longer_than_any_path_is_not_there() -> None:
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        open_checkpoint("./" + "x" * 5000)

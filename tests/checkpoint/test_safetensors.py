@@ -16,7 +16,13 @@ from safetensors.numpy import save_file
 
 from fusekit.checkpoint.dtypes import DTYPES
 from fusekit.checkpoint.folder import open_checkpoint
-from fusekit.checkpoint.safetensors import SafetensorsFile, open_sharded, parse_header
+from fusekit.checkpoint.safetensors import (
+    SafetensorsFile,
+    is_file_name,
+    open_sharded,
+    parse_header,
+    read_index,
+)
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError
 
@@ -373,3 +379,14 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="truncated") as caught:
         open_checkpoint(str(tmp_path / "m"))
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "a/b", "/a", "a\0", "x" * 256, "é" * 128, "\ud800", 3]
+)
+def test_what_cannot_name_a_file_of_the_folder(name: object) -> None:
+    assert not is_file_name(name)
+    index = json.dumps({"weight_map": {"w": name}}).encode()
+    with pytest.raises(CheckpointError, match="expected a file name in this folder"):
+        read_index(index, "index")
+    assert is_file_name("model-00001-of-00002.safetensors")

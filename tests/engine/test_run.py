@@ -479,7 +479,10 @@ def test_verify_names_missing_new_and_reshaped_tensors(
     assert fusekit.verify(out).problems == (problem,)
 
 
-@pytest.mark.parametrize("content", [None, "not JSON", "[]", "{}", '{"tensors": []}'])
+@pytest.mark.parametrize(
+    "content",
+    [None, "not JSON", "[]", "{}", '{"tensors": []}', '{"tensors": {"w": 3}}', '{"tensors": {}}'],
+)
 def test_verify_refuses_a_folder_without_a_manifest(inputs: Inputs, content: str | None) -> None:
     out = inputs.folder / "out"
     fusekit.merge(inputs.recipe, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import fusekit
-from fusekit import RecipeError, load_recipe
+from fusekit import CheckpointError, RecipeError, load_recipe
 from fusekit.recipe.chat_templates import BUILT_IN
 from tests.vectors import FOLDER
 
@@ -123,8 +124,6 @@ def test_chatml_marks_every_turn() -> None:
 
 
 def test_auto_takes_the_most_frequent_template_of_the_inputs(tmp_path: Path) -> None:
-    import shutil
-
     models = []
     for name, template in {"a": "{{ 'one' }}", "b": "{{ 'two' }}", "c": "{{ 'two' }}"}.items():
         shutil.copytree(A, tmp_path / name)
@@ -147,4 +146,28 @@ def test_templates_that_are_none_are_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match="chat_template: found"):
         load_recipe(
             {"merge_method": "linear", "models": [{"model": "a"}], "chat_template": setting}
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config.json", b"[", "tokenizer_config.json: not valid JSON"),
+        ("tokenizer_config.json", b"[1]", "tokenizer_config.json: expected a JSON object"),
+        ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: not UTF-8 text"),
+    ],
+)
+def test_files_that_hold_no_template_are_named(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    shutil.copytree(A, tmp_path / "a")
+    (tmp_path / "a" / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=message):
+        fusekit.plan(
+            {
+                "merge_method": "linear",
+                "models": [{"model": str(tmp_path / "a")}],
+                "parameters": {"weight": 1},
+                "chat_template": "auto",
+            }
         )
