@@ -75,16 +75,21 @@ def weighted_sum(
     tensors: Sequence[Array], weights: Sequence[float], majority: MajoritySign | None
 ) -> Array:
     """`sum_i w_i T_i`; with a majority rule, the entries of the elected sign over their count."""
-    stacked = np.stack(tensors)
-    scaled = stacked * np.asarray(weights, np.float32).reshape(-1, *(1,) * tensors[0].ndim)
+    total = np.zeros(tensors[0].shape, np.float32)
     if majority is None:
-        return np.asarray(scaled.sum(axis=0))
-    signs = np.sign(stacked)
-    votes = (stacked if majority == "total" else signs).sum(axis=0)
-    agrees = signs == np.where(votes >= 0, np.float32(1), np.float32(-1))
-    return np.asarray((scaled * agrees).sum(axis=0) / np.maximum(agrees.sum(axis=0), 1)).astype(
-        np.float32
-    )
+        for tensor, weight in zip(tensors, weights, strict=True):
+            total += tensor * np.float32(weight)
+        return total
+    votes = np.zeros(tensors[0].shape, np.float32)
+    for tensor in tensors:
+        votes += tensor if majority == "total" else np.sign(tensor)
+    positive = votes >= 0
+    count = np.zeros(tensors[0].shape, np.float32)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        agrees = np.where(positive, tensor > 0, tensor < 0)
+        total += tensor * np.float32(weight) * agrees
+        count += agrees
+    return np.asarray(total / np.maximum(count, 1, out=count))
 
 
 def prune_magnitude(tensor: Array, density: float) -> Array:
@@ -101,13 +106,22 @@ def prune_magnitude(tensor: Array, density: float) -> Array:
 def magnitude_threshold(magnitudes: Array, kept: int) -> tuple[float, int]:
     """The `kept`-th largest value and how many entries equal to it still belong to the kept.
 
-    Reorders `magnitudes` only in a copy.
+    Counts the upper halves of the values' bits, which order like the values, and looks closer at
+    the entries that have the threshold's alone.
+
+    Args:
+        magnitudes: (n,) float32, none negative.
     """
     if kept <= 0:
         return float("inf"), 0
-    position = magnitudes.size - kept
-    threshold = np.partition(magnitudes, position)[position]
-    return float(threshold), kept - int(np.count_nonzero(magnitudes > threshold))
+    halves = (magnitudes.view(np.uint32) >> np.uint32(16)).astype(np.intp)
+    larger = np.bincount(halves)[::-1].cumsum()
+    place = int(np.searchsorted(larger, kept))
+    more = int(larger[place - 1]) if place else 0
+    inside = magnitudes[halves == len(larger) - 1 - place]
+    position = inside.size - (kept - more)
+    threshold = np.partition(inside, position)[position]
+    return float(threshold), kept - more - int(np.count_nonzero(inside > threshold))
 
 
 def above(magnitudes: Array, threshold: float, spare: int) -> tuple[Array, int]:
