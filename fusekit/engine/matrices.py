@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fusekit.engine import survey
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
 from fusekit.engine.measurements import Measurements
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
-from fusekit.methods.base import Measured
+from fusekit.methods.base import Measured, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -104,14 +105,15 @@ class WholeTensors:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         """Merge tensors in order, adding to what a run has done so far."""
-        with _torch_threads(threads), ThreadPoolExecutor(1, "fusekit-read") as reader:
-            coming = reader.submit(self._load, tensors[0])
-            for following in [*tensors[1:], None]:
-                loaded = coming.result()
-                if following is not None:
-                    coming = reader.submit(self._load, following)
-                merged = self._merge(loaded)
-                self._write(loaded.planned, merged, execution)
+        with _torch_threads(threads):
+            thresholds = survey.thresholds(self._plan, self._surveyed)
+            self._nonfinite.clear()
+            for loaded in self._read_ahead(tensors):
+                planned = loaded.planned
+                keys = [(planned.group, ref.source) for ref in planned.models]
+                own = tuple(thresholds[key] for key in keys if key in thresholds)
+                merged = self._merge(loaded, replace(planned.tensor, thresholds=own))
+                self._write(planned, merged, execution)
                 if on_progress is not None:
                     on_progress(execution.bytes_written)
         execution.bytes_read += self._reading.bytes_read
@@ -119,6 +121,30 @@ class WholeTensors:
         execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
 
     # -- reading ---------------------------------------------------------------------------------
+
+    def _read_ahead(self, tensors: Sequence[PlannedTensor]) -> Iterator[_Loaded]:
+        """Tensors in order, each read while the one before it is worked on."""
+        with ThreadPoolExecutor(1, "fusekit-read") as reader:
+            coming = [reader.submit(self._load, planned) for planned in tensors[:1]]
+            for following in [*tensors[1:], None]:
+                loaded = coming.pop().result()
+                if following is not None:
+                    coming.append(reader.submit(self._load, following))
+                yield loaded
+
+    def _surveyed(
+        self, tensors: Sequence[PlannedTensor]
+    ) -> Iterator[tuple[PlannedTensor, list[torch.Tensor]]]:
+        """Tensors in order, with the values that their method's survey takes of them."""
+        for loaded in self._read_ahead(tensors):
+            planned = loaded.planned
+            assert planned.method.survey is not None
+            yield (
+                planned,
+                self._decomposed(
+                    planned, planned.method.survey, planned.tensor, self._tensors(loaded)
+                ),
+            )
 
     def _load(self, planned: PlannedTensor) -> _Loaded:
         rows = [self._operand(planned, index) for index in planned.operand_indices()]
@@ -147,27 +173,42 @@ class WholeTensors:
 
     # -- computing -------------------------------------------------------------------------------
 
-    def _merge(self, loaded: _Loaded) -> Array:
+    def _merge(self, loaded: _Loaded, tensor: Tensor) -> Array:
         import torch
 
         planned = loaded.planned
         assert planned.method.matrix is not None
-        rows = [torch.from_numpy(r.reshape(planned.shape)).to(self._device) for r in loaded.rows]
         measured = [
             Measured(torch.from_numpy(values).to(self._device), norm)
             for values, norm in loaded.statistics
         ]
-        try:
-            with torch.no_grad():
-                merged = planned.method.matrix(planned.tensor, rows, measured)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise CheckpointError(
-                f"tensor {planned.name!r}: {planned.method.name} cannot decompose it: {error}"
-            ) from None
+        merged = self._decomposed(
+            planned, planned.method.matrix, tensor, self._tensors(loaded), measured
+        )
         result: Array = merged.cpu().contiguous().numpy().reshape(-1)
         if loaded.base is not None:
             return np.add(loaded.base, result, out=loaded.base)
         return result
+
+    def _tensors(self, loaded: _Loaded) -> list[torch.Tensor]:
+        import torch
+
+        shape = loaded.planned.shape
+        return [torch.from_numpy(row.reshape(shape)).to(self._device) for row in loaded.rows]
+
+    def _decomposed(
+        self, planned: PlannedTensor, function: Callable[..., Any], *arguments: Any
+    ) -> Any:
+        """What a method's function makes of a tensor; LAPACK's failures name the tensor."""
+        import torch
+
+        try:
+            with torch.no_grad():
+                return function(*arguments)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise CheckpointError(
+                f"tensor {planned.name!r}: {planned.method.name} cannot decompose it: {error}"
+            ) from None
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -141,6 +141,8 @@ class Tensor:
     keys: tuple[int, ...] = ()
     masks: tuple[Array | None, ...] = ()
     granularity: Granularity = "tensor"
+    thresholds: tuple[float, ...] = ()
+    """Per model, the smallest magnitude that is kept, where a survey of the group has found it."""
 
     def __getitem__(self, parameter: str) -> Any:
         return self.parameters[parameter]
@@ -412,6 +414,8 @@ class Method:
     statistic: Callable[[Tensor], str] | None = None
     """The entry in every model's file of statistics that merging a tensor as a whole needs."""
     statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
+    survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    """By model, the values of a whole tensor of which the share `density` is kept in its group."""
     """The shapes that entry may have."""
     passes: str = "one"
     use_when: str = ""

@@ -53,8 +53,15 @@ def _iso_cts(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
 
 
 def _knots(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
-    update: torch.Tensor = matrix.knots.merge(deltas, tensor["rule"], tensor["density"])
+    update: torch.Tensor = matrix.knots.merge(
+        deltas, tensor["rule"], tensor["density"], tensor.thresholds
+    )
     return update
+
+
+def _knots_coordinates(tensor: Tensor, deltas: list[torch.Tensor]) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = matrix.knots.align(deltas).coordinates
+    return found
 
 
 _RANK = Parameter(
@@ -86,8 +93,7 @@ def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
         whole=is_matrix,
         matrix=scaled(merge),
         others=OTHERS,
-        passes="one, whole matrices",
-        **about,
+        **{"passes": "one, whole matrices", **about},
     )
 
 
@@ -181,7 +187,8 @@ METHODS = (
             Parameter(
                 "density",
                 "float",
-                "Share of the coordinates kept, the largest of the tensor first.",
+                "Share of the coordinates kept, the largest first, of the tensor or as granularity "
+                "says.",
                 default=1.0,
                 above=0.0,
                 maximum=1.0,
@@ -189,9 +196,12 @@ METHODS = (
             *exclude(f"{EMBEDDINGS}|{HEADS}"),
         ),
         use_when="Related tasks whose updates lie in poorly aligned subspaces, such as LoRAs'.",
+        survey=_knots_coordinates,
+        passes="one, whole matrices; three if density below 1 is taken over more than a tensor",
         caveats=(
-            "Thresholds and majority signs are taken per tensor; for LoRA adapters, `fusekit "
-            "adapter` merges from the factors alone, with thresholds over the whole model."
+            "The authors' thresholds are those of granularity: model. Where kept coordinates "
+            "cancel out exactly, the majority sign is the tensor's. For LoRA adapters, `fusekit "
+            "adapter` merges from the factors alone."
         ),
     ),
 )

@@ -80,7 +80,7 @@ def test_optmerge(name: str) -> None:
     assert_close(found, case.merged, 2e-6, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["case1", "case2"])
+@pytest.mark.parametrize("name", ["case0", "case1", "case2"])
 def test_knots(name: str) -> None:
     case = read_case("knots", name)
     assert case.base is not None
@@ -88,10 +88,74 @@ def test_knots(name: str) -> None:
         {tensor: case.base[tensor] + update[tensor] for tensor in update} for update in case.models
     ]
     rule = {"ties": "ties", "tv": "sum"}[case.about["merge_method"]]
-    options = {"rule": rule, "density": 1.0, "lambda": case.about["scaling"]}
-    merged = merge_state_dicts(models, base=case.base, method="knots", parameters=options)
+    share = case.about["topK"]
+    options = {
+        "rule": rule,
+        "density": 1.0 if rule == "sum" else share / 100 if share > 1 else share,
+        "lambda": case.about["scaling"],
+    }
+    merged = merge_state_dicts(
+        models, base=case.base, method="knots", parameters=options, granularity="model"
+    )
     update = {tensor: merged[tensor] - case.base[tensor] for tensor in case.merged}
     assert_close(update, case.merged, 2e-4)
+
+
+def coordinates(deltas: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The left basis of the task vectors side by side, and each one's coordinates in it."""
+    U, S, Vh = np.linalg.svd(np.concatenate(deltas, axis=1), full_matrices=False)
+    rank = int((S > 1e-5).sum())
+    return U[:, :rank], np.split(S[:rank, None] * Vh[:rank], len(deltas), axis=1)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "layer", "model"])
+def test_knots_thresholds_are_those_of_the_granularity(granularity: str) -> None:
+    rng = np.random.default_rng(4)
+    shapes = {
+        "layers.0.a.weight": (6, 9),
+        "layers.0.b.weight": (9, 4),
+        "layers.1.a.weight": (5, 5),
+    }
+    sizes = dict(zip(shapes, (1.0, 3.0, 0.5), strict=True))
+    base = {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    deltas = [
+        {name: sizes[name] * rng.normal(size=shape) for name, shape in shapes.items()}
+        for _ in range(3)
+    ]
+    models = [{name: base[name] + delta[name] for name in base} for delta in deltas]
+    merged = merge_state_dicts(
+        models, base=base, method="knots", parameters={"density": 0.3}, granularity=granularity
+    )
+    found = {name: coordinates([delta[name] for delta in deltas]) for name in shapes}
+    groups = {
+        "tensor": [[name] for name in shapes],
+        "layer": [list(shapes)[:2], list(shapes)[2:]],
+        "model": [list(shapes)],
+    }[granularity]
+    for group in groups:
+        kept: dict[str, list[np.ndarray]] = {name: [] for name in group}
+        for i in range(3):
+            together = np.abs(np.concatenate([found[name][1][i].ravel() for name in group]))
+            limit = np.sort(together)[together.size - int(together.size * 0.3) - 1]
+            for name in group:
+                x = found[name][1][i]
+                kept[name].append(np.where(np.abs(x) >= limit * (1 - 1e-6), x, 0.0))
+        for name in group:
+            stack = np.stack(kept[name])
+            agreeing = np.where(np.sign(stack) == np.sign(stack.sum(0)), stack, 0.0)
+            mean = agreeing.sum(0) / np.maximum((agreeing != 0).sum(0), 1)
+            expected = base[name] + found[name][0] @ mean
+            np.testing.assert_allclose(merged[name], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_knots_refuses_densities_that_differ_where_thresholds_are_shared() -> None:
+    base, *rest = models()
+    base, *rest = [{**m, "b.weight": m["a.weight"]} for m in (base, *rest)]
+    density = [{"filter": "a", "value": 0.5}, {"value": 0.2}]
+    with pytest.raises(RecipeError, match=r"'a.weight' and 'b.weight' share a threshold"):
+        merge_state_dicts(
+            rest, base=base, method="knots", parameters={"density": density}, granularity="model"
+        )
 
 
 def saved(folder: Path, groups: list[dict[str, np.ndarray]], kind: str) -> list[dict[str, str]]:

@@ -50,7 +50,12 @@ def align(deltas: Sequence[Tensor]) -> Aligned:
     return Aligned(U.to(deltas[0].dtype), S[:rank], coordinates)
 
 
-def merge(deltas: Sequence[Tensor], rule: Rule = "ties", density: float = 1.0) -> Tensor:
+def merge(
+    deltas: Sequence[Tensor],
+    rule: Rule = "ties",
+    density: float = 1.0,
+    thresholds: Sequence[float] = (),
+) -> Tensor:
     """Task vectors merged by entries of their aligned coordinates: `U M`.
 
     `ties` keeps, of every task, the entries of at least its (d - int(d density))-th smallest
@@ -62,6 +67,8 @@ def merge(deltas: Sequence[Tensor], rule: Rule = "ties", density: float = 1.0) -
         deltas: T task vectors (m, n).
         rule: how coordinates are merged.
         density: share of the entries that is kept, in (0, 1].
+        thresholds: per task, the smallest magnitude that is kept, found over more than this matrix;
+            replaces density.
 
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
@@ -69,7 +76,10 @@ def merge(deltas: Sequence[Tensor], rule: Rule = "ties", density: float = 1.0) -
     aligned = align(deltas)
     if not len(aligned.S):
         return torch.zeros_like(deltas[0])
-    kept = torch.stack([_trimmed(x, density) for x in aligned.coordinates])
+    limits = thresholds or [_threshold(x, density) for x in aligned.coordinates]
+    kept = torch.stack(
+        [_trimmed(x, limit) for x, limit in zip(aligned.coordinates, limits, strict=True)]
+    )
     if rule == "sum":
         return aligned.U @ kept.sum(0)
     elected = kept.sum(0).sign()
@@ -78,10 +88,17 @@ def merge(deltas: Sequence[Tensor], rule: Rule = "ties", density: float = 1.0) -
     return aligned.U @ (agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1))
 
 
-def _trimmed(x: Tensor, density: float) -> Tensor:
-    """The entries that stay, zeros elsewhere."""
-    dropped = x.numel() - int(x.numel() * density)
-    if density >= 1.0 or dropped < 1:
-        return x
-    threshold = x.abs().flatten().kthvalue(dropped).values
-    return torch.where(x.abs() >= threshold, x, torch.zeros_like(x))
+def dropped(count: int, density: float) -> int:
+    """How many of so many entries lie below the threshold, the threshold itself included."""
+    return 0 if density >= 1.0 else count - int(count * density)
+
+
+def _threshold(x: Tensor, density: float) -> float:
+    """The smallest magnitude that is kept."""
+    rank = dropped(x.numel(), density)
+    return float(x.abs().float().flatten().kthvalue(rank).values) if rank else 0.0
+
+
+def _trimmed(x: Tensor, threshold: float) -> Tensor:
+    """The entries that stay, zeros elsewhere; compared in float32, as thresholds are."""
+    return torch.where(x.abs().float() >= threshold, x, torch.zeros_like(x))
