@@ -100,27 +100,39 @@ def build(
 
 @app.command("study")
 def study(
-    suite: Annotated[
-        str, typer.Argument(help="A built-in suite (digits) or a YAML file.", show_default=False)
+    suites: Annotated[
+        list[str],
+        typer.Argument(help="Built-in suites (digits) or YAML files.", show_default=False),
     ],
-    methods: Annotated[str, typer.Option(help="Comma-separated names.")] = (
-        "linear,task_arithmetic,ties,dare_ties"
-    ),
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names; scale and mergebench are sets.")
+    ] = "scale",
     counts: Annotated[str, typer.Option(help="Comma-separated numbers of experts.")] = "2,4,6",
     subsets: Annotated[int, typer.Option(min=1, help="Random subsets per number.")] = 3,
     out: Annotated[
         Path, typer.Option(help="Folder for results; what is there is not computed again.")
     ] = Path("study-out"),
     seed: Annotated[int, typer.Option(min=0, help="Of subsets and random methods.")] = 0,
+    html: Annotated[
+        Path | None, typer.Option("--html", help="Write a report with figures to this file.")
+    ] = None,
 ) -> None:
-    """Merge random subsets of SUITE's experts: what every further expert costs the others."""
-    from fusekit.evaluate.study import markdown, run_study
+    """Merge random subsets of SUITES' experts: what every further expert costs the others.
+
+    Suites that differ in size or base quality (built with other settings) are compared.
+    """
+    from fusekit.evaluate.study import run_study
+    from fusekit.evaluate.study_table import markdown
     from fusekit.evaluate.suite import load_suite
 
+    if html is not None:
+        from fusekit.report.figures import require_plotly
+
+        require_plotly()
     if not all(count.strip().isdecimal() for count in counts.split(",")):
         raise typer.BadParameter(f"--counts: found {counts!r}, expected numbers such as 2,4,6")
-    cells = run_study(
-        load_suite(suite),
+    result = run_study(
+        [load_suite(suite) for suite in suites],
         [name.strip() for name in methods.split(",") if name.strip()],
         [int(count) for count in counts.split(",")],
         out,
@@ -128,8 +140,10 @@ def study(
         seed=seed,
         on_progress=lambda name: print(name, file=sys.stderr),
     )
-    print(markdown(cells), end="")
-    print(
-        "held-in: share of the experts' scores on the merged tasks, mean ± standard deviation over "
-        "subsets; after the slash, held-out: share of the base's score on tasks no expert knows"
-    )
+    print(markdown(result), end="")
+    print(f"cells: {out / 'study.json'}", file=sys.stderr)
+    if html is not None:
+        from fusekit.report.study import study_report
+
+        html.write_text(study_report(result).to_html(), encoding="utf-8")
+        print(f"report: {html}", file=sys.stderr)

@@ -225,11 +225,12 @@ def _numerals(file: ImageFile, split: str) -> Images:
     return Images(_framed(stored.pixels), stored.labels)
 
 
-def _numerals_on_photos(file: ImageFile, split: str) -> Images:
-    """A numeral drawn by inverting a photograph's colours."""
-    numerals, photos = _numerals(file, split), file.images("photos", split).pixels
-    ground = np.resize(photos, numerals.pixels.shape).astype(np.int16)
-    return Images(np.abs(ground - numerals.pixels).astype(np.uint8), numerals.labels)
+def _coloured_numerals(file: ImageFile, split: str) -> Images:
+    """Numerals in one colour on another, both drawn at random."""
+    stored = _numerals(file, split)
+    ink = stored.pixels / 255.0
+    draw = np.random.default_rng(len(ink)).integers(0, 256, (2, len(ink), 1, 1, 3))
+    return Images((draw[0] * ink + draw[1] * (1 - ink)).astype(np.uint8), stored.labels)
 
 
 def _pairs(file: ImageFile, split: str) -> Images:
@@ -280,7 +281,7 @@ def _objects(file: ImageFile, split: str) -> Images:
 
 
 TASKS: Mapping[str, Task] = {
-    "numerals_on_photos": Task(10, _numerals_on_photos),
+    "coloured_numerals": Task(10, _coloured_numerals),
     "numerals_turned": Task(4, lambda file, split: _turned(_numerals(file, split))),
     "numeral_pairs": Task(2, _pairs),
     "digits": Task(10, _small_digits),

@@ -11,10 +11,12 @@ import pytest
 
 from fusekit.evaluate import digits
 from fusekit.evaluate.runner import run_suite
+from fusekit.evaluate.study import run_study
 from fusekit.evaluate.suite import load_suite
 from fusekit.inspection.run import inspect
 from fusekit.report.adapters import adapter_report
 from fusekit.report.inspection import inspection_report
+from fusekit.report.study import study_report
 from fusekit.report.suite import suite_report
 from tests.report.test_adapters import described_adapters
 
@@ -49,10 +51,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, i
     found = inspect(list(digits.experts().values()), base=digits.base())
     methods = ["linear", "task_arithmetic", "ties"]
     result = run_suite(load_suite("digits"), methods, folder / "suite", budget=1, resamples=100)
+    study = run_study([load_suite("digits")], ["linear"], [2, 6], folder / "study", subsets=1)
     made = {}
     for name, report in (
         ("inspection", inspection_report(found)),
         ("suite", suite_report(result)),
+        ("study", study_report(study)),
         ("adapters", adapter_report(*described_adapters())),
     ):
         path = folder / f"{name}.html"
