@@ -137,6 +137,8 @@ class Adapter:
             (PEFT's `modules_to_save`, trained biases, saved embeddings).
         config: the fields of adapter_config.json, empty for formats without one.
         left_out: number of tensors of other models of a pipeline in the same file, by component.
+        flattened: a module whose name is flattened as kohya's tools do, the base not being known
+            that tells what it stands for; empty if there is none.
     """
 
     label: str
@@ -144,6 +146,19 @@ class Adapter:
     replacements: Mapping[str, Array]
     config: Mapping[str, Any]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    flattened: str = ""
+
+    def require_names(self) -> None:
+        """Refuse names that no base model has.
+
+        Raises:
+            CheckpointError: a name is flattened.
+        """
+        if self.flattened:
+            raise CheckpointError(
+                f"{self.label}: module {self.flattened!r} is named as kohya's tools flatten names: "
+                "what it stands for is known with the base model only, expected a base"
+            )
 
     def changed_tensors(self) -> list[str]:
         """Names of all base tensors this adapter changes, biases included."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,13 +35,30 @@ _UNSUPPORTED = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class PeftNames:
+    """What the tensors of an adapter file are called in PEFT's terms.
+
+    Attributes:
+        keys: PEFT name -> name in the file.
+        alphas: module -> the alpha stored as a tensor.
+        left_out: component left out -> number of tensors.
+        flattened: a module whose name is still kohya's, as no base was there to undo it, or empty.
+    """
+
+    keys: dict[str, str]
+    alphas: dict[str, float]
+    left_out: dict[str, int]
+    flattened: str
+
+
 def to_peft_keys(
     source: TensorSource,
     without_config: bool,
     base_names: Iterable[str] | None,
     label: str,
     component: str | None = None,
-) -> tuple[dict[str, str], dict[str, float], dict[str, int]]:
+) -> PeftNames:
     """PEFT's name of every tensor of an adapter file, and the alphas stored as tensors.
 
     Args:
@@ -50,9 +68,6 @@ def to_peft_keys(
         base_names: names of the base model's tensors, to undo flattened names.
         component: which model of a pipeline to take (`unet`, `te1`, `text_encoder`), in a file that
             holds parts for several; None takes the one whose names are all the base's.
-
-    Returns:
-        `{PEFT name: name in the source}`, `{module: alpha}` and `{component left out: tensors}`.
 
     Raises:
         CheckpointError: a LoRA relative that is not a plain product of two factors, a flattened
@@ -81,7 +96,7 @@ def to_peft_keys(
         if name in names:
             raise CheckpointError(f"{label}: tensors {names[name]!r} and {key!r} are one factor")
         names[name] = key
-    return names, alphas, left_out
+    return PeftNames(names, alphas, left_out, modules.flattened)
 
 
 class _Modules:
@@ -93,6 +108,7 @@ class _Modules:
         self._flattened: Mapping[str, str] = {name.replace(".", "_"): name for name in known or ()}
         self._strip = without_config
         self._label = label
+        self.flattened = ""
 
     def choose(
         self, keys: Iterable[str], component: str | None
@@ -145,6 +161,7 @@ class _Modules:
             return self.without_component(processed)
         flat = raw.removeprefix(prefix)
         if self._known is None:
+            self.flattened = flat
             return flat
         if flat not in self._flattened:
             raise CheckpointError(f"{self._label}: no tensor of the base is named like {raw!r}")

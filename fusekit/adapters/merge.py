@@ -202,6 +202,8 @@ def merge_adapters(
                [0.75, 0.75, 0.75]], dtype=float32)
     """
     options = options or MergeOptions()
+    for adapter in adapters:
+        adapter.require_names()
     settings = (checked_weights(adapters, method, weights, options), options)
     if vary is not None:
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):

@@ -165,20 +165,21 @@ def _build(
     base_names: Iterable[str] | None,
     component: str | None = None,
 ) -> Adapter:
-    names, alphas, left_out = to_peft_keys(source, config is None, base_names, label, component)
+    names = to_peft_keys(source, config is None, base_names, label, component)
     if config is not None:
         _refuse_unsupported(config, label)
-    grouped, replacements = _group(names, label)
+    grouped, replacements = _group(names.keys, label)
     specs = {}
     for module, keys in grouped.items():
-        name, spec = _spec(source, module, keys, config, alphas.get(module), label)
+        name, spec = _spec(source, module, keys, config, names.alphas.get(module), label)
         specs[name] = spec
     return Adapter(
         label=label,
         modules=_Modules(source, specs),
         replacements=_Replacements(source, replacements),
         config=dict(config or {}),
-        left_out=left_out,
+        left_out=names.left_out,
+        flattened=names.flattened,
     )
 
 

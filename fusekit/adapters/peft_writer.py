@@ -326,6 +326,7 @@ def write_adapter(
         provenance: how the adapter was made, for manifest.json and README.md; None writes neither.
         overwrite: replace the folder if it exists, once the new one is complete.
     """
+    adapter.require_names()
     room = sum(2 * (len(name) + ENTRY_BYTES) for name in adapter.modules)
     room += sum(len(name) + ENTRY_BYTES for name in adapter.replacements)
     with AdapterWriter(

@@ -446,6 +446,7 @@ def _scaled(module: LoraModule) -> tuple[Array, Array]:
 
 
 def _refuse_full_rank(adapter: Adapter) -> None:
+    adapter.require_names()
     if adapter.replacements:
         name = next(iter(adapter.replacements))
         raise CheckpointError(

@@ -15,6 +15,7 @@ from fusekit.adapters import (
     adapter_from_tensors,
     load_adapter,
     merge_adapters,
+    pack_adapters,
     write_adapter,
 )
 from fusekit.adapters.peft_format import read_array
@@ -272,6 +273,23 @@ def test_what_kohyas_format_cannot_mean_is_refused(name, shape, message, tmp_pat
     save_file(tensors, path)
     with pytest.raises(CheckpointError, match=message):
         load_adapter(path, ["conv.weight"])
+
+
+@pytest.mark.parametrize("use", ["write", "merge", "pack"])
+def test_flattened_names_are_looked_at_but_not_passed_on(use, tmp_path):
+    path, _, _ = lycoris(tmp_path)
+    adapter = load_adapter(path)
+    assert list(adapter.modules) == ["conv.weight"]
+    with pytest.raises(
+        CheckpointError, match=r"module 'conv' is named as kohya's .* expected a base"
+    ):
+        if use == "write":
+            write_adapter(adapter, tmp_path / "out")
+        elif use == "merge":
+            merge_adapters([adapter, adapter], "cat")
+        else:
+            pack_adapters({"x": adapter}, tmp_path / "out", directions=1)
+    assert not (tmp_path / "out").exists()
 
 
 def kohya_file(path, **modules):
