@@ -37,7 +37,8 @@ DOMINANT = 2.0
 
 @dataclass(frozen=True)
 class Situation:
-    """What the rules look at. `names` are the models that can be merged at all."""
+    """What the rules look at. `names` are the models that can be merged at all, as are the rows
+    of the groups' statistics."""
 
     names: tuple[str, ...]
     whole: Group | None
@@ -128,9 +129,9 @@ def choose_method(situation: Situation) -> Iterator[Advice]:
     )
     if cosine < OPPOSED:
         yield Advice(
-            "The models undo each other: adding their task vectors destroys "
-            f"{known.cancellation:.0%} of the change. Try TIES, which lets the majority decide, "
-            "and compare with keeping the models apart (routing).",
+            "The models undo each other: adding their task vectors destroys much of the change. "
+            "Try TIES, which lets the majority decide, and compare with keeping the models apart "
+            "(routing).",
             reasons,
             {"merge_method": "ties", "parameters": {"density": 0.3, "lambda": 1.0}},
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,17 @@ class Group:
     statistics: Statistics
     stable_rank: Floats
     effective_rank: Floats
+
+    def of(self, models: Sequence[int]) -> Group:
+        """What is known of some of the models."""
+        rows = np.asarray(models, dtype=int)
+        return Group(
+            self.name,
+            self.tensors,
+            self.statistics.of(models),
+            self.stable_rank[rows],
+            self.effective_rank[rows],
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -149,7 +149,14 @@ def _inspection(
     tensors = tuple(_report(found) for found in measured)
     whole = _group("whole model", tensors)
     layers = _groups_by(tensors, lambda tensor: tensor.layer)
-    situation = Situation(models, whole, layers, findings, has_base)
+    kept = _mergeable(models, findings)
+    situation = Situation(
+        tuple(models[i] for i in kept),
+        None if whole is None else whole.of(kept),
+        [layer.of(kept) for layer in layers],
+        findings,
+        has_base,
+    )
     return Inspection(
         models=models,
         base=names[0] if has_base else None,
@@ -163,6 +170,16 @@ def _inspection(
         seconds=time.monotonic() - began,
         cpu_seconds=time.process_time() - cpu,
     )
+
+
+def _mergeable(models: Sequence[str], findings: Iterable[Finding]) -> list[int]:
+    """Indices of the models that are neither strangers to the base nor copies of another model."""
+    left_out = {
+        finding.models[0]
+        for finding in findings
+        if finding.subject in ("unrelated", "duplicate_model")
+    }
+    return [i for i, name in enumerate(models) if name not in left_out]
 
 
 def _report(found: Measurement) -> TensorReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -43,6 +44,22 @@ class Statistics:
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics(
             *(getattr(self, field.name) + getattr(other, field.name) for field in fields(self))
+        )
+
+    def of(self, models: Sequence[int]) -> Statistics:
+        """Those of some of the models; what counts positions over all models becomes NaN."""
+        rows = np.asarray(models, dtype=int)
+        skip = len(self.gram) - self.models
+        gram = np.concatenate([np.arange(skip), rows + skip])
+        everyone = len(rows) == self.models
+        return Statistics(
+            self.elements,
+            self.gram[np.ix_(gram, gram)],
+            self.powers[rows],
+            self.both[:, rows][:, :, rows],
+            self.opposed[:, rows][:, :, rows],
+            self.positions if everyone else np.full_like(self.positions, np.nan),
+            self.top_energy[rows],
         )
 
     @property

@@ -42,6 +42,17 @@ def test_opposed_task_vectors_are_told_apart_from_orthogonal_ones() -> None:
     assert "undo each other" in advice[0].text
 
 
+def test_strangers_and_copies_do_not_count_in_the_choice_of_a_method() -> None:
+    models = [moved(BASE, FIRST), base_model(99), moved(BASE, FIRST), moved(BASE, SECOND)]
+    advice = inspect(models, base=BASE).advice
+    texts = " ".join(each.text for each in advice)
+    assert "Leave out model 2" in texts and "Drop model 3" in texts
+    assert first_method(advice) == "task_arithmetic"
+    assert not any("would dominate" in each.text for each in advice)
+    alone = inspect(models[1:3], base=BASE).advice
+    assert [each.recipe for each in alone] == [None]
+
+
 def test_conflicts_on_shared_weights_call_for_sign_election() -> None:
     rng = np.random.default_rng(0)
     other = {k: v * np.where(rng.random(v.shape) < 0.45, -1, 1) for k, v in FIRST.items()}
