@@ -34,6 +34,7 @@ from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
 from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.references import exists, parse_reference
+from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
@@ -420,8 +421,18 @@ def _kind(reference: str, folder: Path | None) -> Literal["adapter", "model", "u
     if path is None:
         return "unknown" if parse_reference(reference).lora is None else "model"
     if path.is_file():
-        return "unknown"
+        if path.suffix != ".safetensors":
+            return "unknown"
+        return "adapter" if _holds_factors(path) else "model"
     return "adapter" if (path / CONFIG_NAME).is_file() else "model"
+
+
+def _holds_factors(path: Path) -> bool:
+    """Whether a safetensors file is an adapter's, as its tensors' names say."""
+    with contextlib.closing(SafetensorsFile(path)) as file:
+        return any(
+            ".lora_" in name or "_lora." in name or ".lora." in name for name in file.tensors
+        )
 
 
 def _folder(entry: ModelEntry, folder: Path | None) -> Path:

@@ -312,6 +312,25 @@ def test_adapters_and_models_do_not_mix(folder):
     assert not (folder / "out/adapter_config.json").exists()
 
 
+def test_lora_files_are_told_from_models_by_their_tensors(folder):
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        parts = {
+            "lora_unet_m_q.lora_down.weight": rng.standard_normal((2, 7)).astype("f4"),
+            "lora_unet_m_q.lora_up.weight": rng.standard_normal((9, 2)).astype("f4"),
+        }
+        save_file(parts, folder / f"kohya{i}.safetensors")
+    files = [f"kohya{i}.safetensors" for i in range(2)]
+    with pytest.raises(FusekitError, match="expected a base"):
+        fusekit.merge(recipe_of(folder, "linear", *files), folder / "out")
+    recipe = recipe_of(folder, "linear", *files, base_model=str(folder / "full"))
+    fusekit.merge(recipe, folder / "out")
+    assert list(load_adapter(folder / "out").modules) == ["m.q.weight"]
+    with pytest.raises(RecipeError, match="is a full model, but"):
+        mixed = recipe_of(folder, "linear", files[0], "full/x.safetensors")
+        fusekit.merge(mixed, folder / "other")
+
+
 def test_dora_needs_a_base_before_anything_is_written(folder):
     path = folder / "task1/adapter_config.json"
     config = json.loads(path.read_text()) | {"use_dora": True}
