@@ -83,6 +83,21 @@ def device_of(model: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
+def blocks_of(model: nn.Module, name: str) -> list[nn.Module]:
+    """A model's blocks, by the name of their list.
+
+    Raises:
+        FusekitError: there is no such list.
+    """
+    try:
+        found = model.get_submodule(name)
+    except AttributeError:
+        found = None
+    if not isinstance(found, (nn.ModuleList, nn.Sequential)) or not len(found):
+        raise FusekitError(f"blocks: {name!r} is not a list of blocks of {type(model).__name__}")
+    return list(found)
+
+
 @contextlib.contextmanager
 def as_in_use(model: nn.Module) -> Iterator[None]:
     """Evaluation mode and no cache of keys and values; restores flags and configuration.

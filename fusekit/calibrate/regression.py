@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fusekit.calibrate.hooks import Capture, linear_modules
-from fusekit.calibrate.models import Batch, as_in_use, forward
+from fusekit.calibrate.models import Batch, as_in_use, blocks_of, forward
 from fusekit.errors import FusekitError
 from fusekit.methods.matrix.linalg import mean
 from fusekit.methods.matrix.regmean import merge
@@ -49,14 +49,14 @@ def regmean_plus_plus(
     if len(batches) != len(models):
         raise FusekitError(f"batches: found {len(batches)} data sets for {len(models)} models")
     _average(merged, models, outside=blocks)
-    count = len(_blocks(merged, blocks))
+    count = len(blocks_of(merged, blocks))
     with contextlib.ExitStack() as stack:
         for module in (merged, *models):
             stack.enter_context(as_in_use(module))
         streams = [[_caught(merged, blocks, batch) for batch in own] for own in batches]
         for index in range(count):
             _merge_block(merged, models, blocks, index, streams, scale)
-            block = _blocks(merged, blocks)[index]
+            block = blocks_of(merged, blocks)[index]
             streams = [[_next(call, block(*call[0], **call[1])) for call in own] for own in streams]
 
 
@@ -72,8 +72,8 @@ def _merge_block(
     streams: Sequence[Sequence[Call]],
     scale: float,
 ) -> None:
-    target = _blocks(merged, blocks)[index]
-    candidates = [_blocks(model, blocks)[index] for model in models]
+    target = blocks_of(merged, blocks)[index]
+    candidates = [blocks_of(model, blocks)[index] for model in models]
     grams = [_grams(block, calls) for block, calls in zip(candidates, streams, strict=True)]
     parameters = [dict(block.named_parameters()) for block in candidates]
     for name, value in target.named_parameters():
@@ -101,16 +101,6 @@ def _grams(block: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
     return watched.results()
 
 
-def _blocks(model: nn.Module, name: str) -> nn.ModuleList:
-    try:
-        found = model.get_submodule(name)
-    except AttributeError:
-        found = None
-    if not isinstance(found, nn.ModuleList) or not len(found):
-        raise FusekitError(f"blocks: {name!r} is not a list of blocks of {type(model).__name__}")
-    return found
-
-
 def _average(merged: nn.Module, models: Sequence[nn.Module], outside: str) -> None:
     """The average of all parameters outside the blocks."""
     inside = re.compile(rf"^{re.escape(outside)}\.\d+\.")
@@ -132,7 +122,7 @@ def _caught(model: nn.Module, blocks: str, batch: Batch) -> Call:
         calls.append((arguments, dict(keywords)))
         raise _StopForwardError
 
-    handle = _blocks(model, blocks)[0].register_forward_pre_hook(hook, with_kwargs=True)
+    handle = blocks_of(model, blocks)[0].register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with contextlib.suppress(_StopForwardError):
             forward(model, batch)

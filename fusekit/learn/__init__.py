@@ -17,13 +17,15 @@ if TYPE_CHECKING:
         select,
         uniform_soup_folder,
     )
-    from fusekit.learn.surgery import Surgery, fit_surgery
+    from fusekit.learn.surgery import DeepSurgery, Surgery, fit_deep_surgery, fit_surgery
 
 _HOMES = {
+    "DeepSurgery": "surgery",
     "GreedySoup": "soups",
     "LearnedSoup": "learned",
     "Selection": "soups",
     "Surgery": "surgery",
+    "fit_deep_surgery": "surgery",
     "fit_surgery": "surgery",
     "greedy_soup": "soups",
     "greedy_soup_folder": "soups",
@@ -33,10 +35,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "DeepSurgery",
     "GreedySoup",
     "LearnedSoup",
     "Selection",
     "Surgery",
+    "fit_deep_surgery",
     "fit_surgery",
     "greedy_soup",
     "greedy_soup_folder",

@@ -1,15 +1,23 @@
-"""Representation surgery: a small module per task that takes a merge's bias out of its features."""
+"""Representation surgery: small modules per task that take a merge's bias out of its features.
+
+Of the last features alone, learned on features computed once; or of every block's, each corrected
+before the next block sees it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fusekit.calibrate import models as calibration
 from fusekit.errors import FusekitError, did_you_mean
 
 Batch = tuple[Tensor, Tensor]
@@ -84,10 +92,7 @@ def fit_surgery(
     surgery = Surgery(tuple(collected), width, rank) if surgery is None else surgery
     losses: dict[str, list[float]] = {task: [] for task in collected}
     for task, pairs in collected.items():
-        if not pairs:
-            warnings.warn(
-                f"task {task!r} has no batches: its features stay as they are", stacklevel=2
-            )
+        if _is_empty(task, pairs):
             continue
         place = surgery.tasks.index(task)
         optimizer = torch.optim.Adam([surgery.down[place], surgery.up[place]], lr=lr)
@@ -98,6 +103,172 @@ def fit_surgery(
             optimizer.step()
             losses[task].append(float(loss.detach()))
     return Fitted(surgery, losses)
+
+
+def _is_empty(task: str, batches: Sequence[Any]) -> bool:
+    """Whether a task has nothing to learn from, which is pointed out."""
+    if not batches:
+        warnings.warn(f"task {task!r} has no batches: its features stay as they are", stacklevel=3)
+    return not batches
+
+
+class DeepSurgery(nn.Module):
+    """A `Surgery` behind every block of a model.
+
+    Args:
+        tasks: names of the tasks.
+        features: width of the blocks' outputs.
+        blocks: how many.
+        rank: of every module.
+    """
+
+    def __init__(self, tasks: Sequence[str], features: int, blocks: int, rank: int = 16) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.blocks = nn.ModuleList(Surgery(tasks, features, rank) for _ in range(blocks))
+
+    def corrections(self, task: str) -> list[Callable[[Tensor], Tensor]]:
+        """By block, what its output goes through."""
+        return [functools.partial(own, task=task) for own in self.blocks]
+
+    def parameters_of(self, task: str) -> list[nn.Parameter]:
+        """What is learned for a task."""
+        place = self.tasks.index(task)
+        pairs = (
+            (own.down[place], own.up[place]) for own in self.blocks if isinstance(own, Surgery)
+        )
+        return [parameter for pair in pairs for parameter in pair]
+
+    @contextlib.contextmanager
+    def operating(self, model: nn.Module, blocks: str, task: str) -> Iterator[None]:
+        """A model whose blocks' outputs are corrected for a task; as it was before afterwards.
+
+        Args:
+            model: the merged model.
+            blocks: name of its list of blocks, such as `model.layers`.
+            task: which of the tasks; `FusekitError` if there is no such one.
+        """
+        with _changed(calibration.blocks_of(model, blocks), self.corrections(task)):
+            yield
+
+
+@dataclass(frozen=True)
+class DeepFitted:
+    """Trained modules behind every block, and their losses per step and task."""
+
+    surgery: DeepSurgery
+    losses: dict[str, list[float]]
+
+
+def fit_deep_surgery(
+    merged: nn.Module,
+    experts: Mapping[str, nn.Module],
+    batches: Mapping[str, Iterable[calibration.Batch]],
+    blocks: str,
+    *,
+    rank: int = 16,
+    steps: int = 500,
+    lr: float = 1e-3,
+) -> DeepFitted:
+    """Train a module behind every block on `sum_l mean |z_hat_l - z_l,expert|` with Adam.
+
+    `z_hat_l` is the corrected output of the merged model's block l, from which its next block goes
+    on; padding does not count. The models themselves are left as they are.
+
+    Args:
+        merged: the merged model.
+        experts: by task, the expert, built like the merged model.
+        batches: by task, unlabelled inputs as of `fusekit.calibrate`; repeated until `steps`.
+        blocks: name of the list of blocks, such as `model.layers`.
+        rank, steps, lr: size and training of each task's modules.
+
+    Raises:
+        FusekitError: no such list of blocks, or an expert is missing. A task without any batch is
+            left as the identity, with a warning.
+
+    References:
+        "SurgeryV2: Bridging the Gap Between Model Merging and Multi-Task Learning with Deep
+        Representation Surgery", arXiv 2410.14389.
+    """
+    collected = {task: list(own) for task, own in batches.items()}
+    for task in collected:
+        if task not in experts:
+            raise FusekitError(f"experts: none for task {task!r}{did_you_mean(task, experts)}")
+    first = next((own[0] for own in collected.values() if own), None)
+    if first is None:
+        raise FusekitError("batches: found none for any task, expected inputs to learn from")
+    with contextlib.ExitStack() as stack:
+        for model in (merged, *experts.values()):
+            stack.enter_context(calibration.as_in_use(model))
+        outputs = _outputs(merged, blocks, first)
+        surgery = DeepSurgery(tuple(collected), outputs[0].shape[-1], len(outputs), rank)
+        surgery.to(outputs[0].device)
+        losses: dict[str, list[float]] = {task: [] for task in collected}
+        for task, own in collected.items():
+            if _is_empty(task, own):
+                continue
+            learned = surgery.parameters_of(task)
+            optimizer = torch.optim.Adam(learned, lr=lr)
+            for batch in itertools.islice(itertools.cycle(own), steps):
+                with torch.no_grad():
+                    expected = _outputs(experts[task], blocks, batch)
+                found = _outputs(merged, blocks, batch, surgery.corrections(task))
+                distances = [
+                    nn.functional.l1_loss(ours, theirs)
+                    for ours, theirs in zip(found, expected, strict=True)
+                ]
+                loss = torch.stack(distances).sum()
+                optimizer.zero_grad()
+                loss.backward(inputs=learned)  # type: ignore[no-untyped-call]
+                optimizer.step()
+                losses[task].append(float(loss.detach()))
+    return DeepFitted(surgery, losses)
+
+
+def _outputs(
+    model: nn.Module,
+    blocks: str,
+    batch: calibration.Batch,
+    corrections: Sequence[Callable[[Tensor], Tensor]] | None = None,
+) -> list[Tensor]:
+    """The blocks' outputs (tokens, width), corrected if so asked, without padding."""
+    found: list[Tensor] = []
+    mask = calibration.mask_of(batch)
+
+    def keep(change: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def kept(features: Tensor) -> Tensor:
+            changed = change(features)
+            padded = mask is not None and mask.shape == changed.shape[:-1]
+            found.append(changed[mask.bool()] if mask is not None and padded else changed)
+            return changed
+
+        return kept
+
+    own = calibration.blocks_of(model, blocks)
+    changes = corrections or [lambda features: features] * len(own)
+    with _changed(own, [keep(change) for change in changes]):
+        calibration.forward(model, calibration.to_device(batch, calibration.device_of(model)))
+    return found
+
+
+@contextlib.contextmanager
+def _changed(
+    blocks: Sequence[nn.Module], changes: Sequence[Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """Blocks whose output (the first of a tuple) goes through a function."""
+
+    def hook(change: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
+        def replace(module: nn.Module, arguments: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (change(output[0]), *output[1:])
+            return change(output)
+
+        return replace
+
+    with contextlib.ExitStack() as stack:
+        for block, change in zip(blocks, changes, strict=True):
+            stack.callback(block.register_forward_hook(hook(change)).remove)
+        yield
 
 
 def _checked_width(batches: Mapping[str, Sequence[Batch]]) -> int:
