@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         load_polyhistor,
         save_polyhistor,
     )
+    from fusekit.adapters.provenance import Provenance
     from fusekit.adapters.recipe import AdapterPlan, plan_adapters
     from fusekit.adapters.reversible import (
         Pack,
@@ -55,6 +56,7 @@ _HOMES = {
     "Pack": "reversible",
     "PackReport": "reversible",
     "PolyhistorConfig": "polyhistor",
+    "Provenance": "provenance",
     "adapter_from_tensors": "peft_format",
     "attach_mos": "mos",
     "attach_polyhistor": "polyhistor",
@@ -91,6 +93,7 @@ __all__ = [
     "Pack",
     "PackReport",
     "PolyhistorConfig",
+    "Provenance",
     "adapter_from_tensors",
     "attach_mos",
     "attach_polyhistor",

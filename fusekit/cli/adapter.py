@@ -130,7 +130,8 @@ def merge(
         MajoritySign | None, typer.Option(help="What TIES counts; default total.")
     ] = None,
     convention: Annotated[
-        Convention | None, typer.Option(help="peft: as PEFT's add_weighted_adapter.")
+        Convention | None,
+        typer.Option(help="peft: as PEFT's add_weighted_adapter; default fusekit."),
     ] = None,
     svd: Annotated[
         Decomposition | None, typer.Option(help="Decomposition of dense results; default auto.")
