@@ -6,6 +6,7 @@ otherwise be measured by how long Python, Numba and torch take to start.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -57,8 +58,11 @@ class MeasuredMerges:
             self._worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
         assert self._worker.stdin is not None and self._worker.stdout is not None
         order = {"recipe": dict(recipe), "out": str(out), "threads": self._threads}
-        self._worker.stdin.write(json.dumps(order) + "\n")
-        self._worker.stdin.flush()
+        try:
+            self._worker.stdin.write(json.dumps(order) + "\n")
+            self._worker.stdin.flush()
+        except BrokenPipeError:
+            raise FusekitError("the worker ended") from None
         answer = json.loads(self._worker.stdout.readline() or '{"error": "the worker ended"}')
         if "error" in answer:
             raise (RecipeError if answer.get("recipe") else FusekitError)(answer["error"])
@@ -68,7 +72,8 @@ class MeasuredMerges:
         """End the worker."""
         if self._worker is not None:
             assert self._worker.stdin is not None and self._worker.stdout is not None
-            self._worker.stdin.close()
+            with contextlib.suppress(BrokenPipeError):  # it ended before it was told to
+                self._worker.stdin.close()
             self._worker.wait()
             self._worker.stdout.close()
             self._worker = None
@@ -79,8 +84,7 @@ def main() -> None:
     answers = os.dup(1)
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # its parent ends it
-    import fusekit.engine.run
-
+    _load_libraries()
     if sys.argv[1:] == ["torch"]:
         import torch  # noqa: F401
 
@@ -95,6 +99,17 @@ def main() -> None:
         if status != 0:
             reason = f"the merge's process ended with {os.waitstatus_to_exitcode(status)}"
             os.write(answers, _line({"error": reason}))
+
+
+def _load_libraries() -> None:
+    """Everything a merge needs before its own kernels; no thread may run when merges are forked."""
+    import numpy as np
+
+    import fusekit.engine.run  # noqa: F401
+    from fusekit import kernels
+
+    row = np.zeros((1, 1), np.float32)
+    kernels.stitch.mean_of_kept(row, row[0], np.empty_like(row[0]))  # starts Numba
 
 
 def _answer(order: Mapping[str, Any]) -> bytes:
