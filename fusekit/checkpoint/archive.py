@@ -57,7 +57,11 @@ class LocalFile:
     def read_into(self, begin: int, out: memoryview) -> None:
         done = 0
         while done < len(out):
-            more = os.preadv(self._fd, [out[done:]], begin + done)
+            try:
+                more = os.preadv(self._fd, [out[done:]], begin + done)
+            except OSError as error:
+                reason = f"{self.label}: cannot be read: {error.strerror}"
+                raise CheckpointError(reason) from None
             if more == 0:
                 raise CheckpointError(
                     f"{self.label}: the file ended at byte {begin + done}; "

@@ -149,6 +149,9 @@ class SafetensorsFile(TensorSource):
             length = header_length(os.pread(self._fd, 8, 0), size, self.label)
             self._header = os.pread(self._fd, length, 8)
             self._extents, self.metadata = parse_header(self._header, size, self.label)
+        except OSError as error:
+            os.close(self._fd)
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
         except BaseException:
             os.close(self._fd)
             raise
@@ -159,6 +162,14 @@ class SafetensorsFile(TensorSource):
         return self._tensors
 
     def read_into(self, name: str, start: int, stop: int, out: memoryview) -> None:
+        try:
+            self._read(name, start, out)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.label}: tensor {name!r}: cannot be read: {error.strerror}"
+            ) from None
+
+    def _read(self, name: str, start: int, out: memoryview) -> None:
         info, begin, _ = self._extents[name]
         position = begin + start * info.dtype.itemsize
         done = os.preadv(self._fd, [out], position)

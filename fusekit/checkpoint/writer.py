@@ -6,11 +6,13 @@ into place; until then nothing carries the target's name.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from fusekit.checkpoint.layout import Layout
+from fusekit.checkpoint.layout import Layout, Shard
 from fusekit.errors import FusekitError
 
 
@@ -41,40 +43,65 @@ class CheckpointWriter:
         self.target = target
         self.folder = partial_folder(target)
         self.layout = layout
-        if not keep and self.folder.exists():
-            shutil.rmtree(self.folder)
-        self._check_space()
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._fds: dict[str, int] = {}
-        for shard in layout.files:
-            (self.folder / shard.file_name).parent.mkdir(exist_ok=True)
-            fd = os.open(self.folder / shard.file_name, os.O_RDWR | os.O_CREAT, 0o644)
-            self._fds[shard.file_name] = fd
-            os.ftruncate(fd, shard.nbytes)
-            os.pwrite(fd, shard.header, 0)
+        with self.explained():
+            if not keep and self.folder.exists():
+                shutil.rmtree(self.folder)
+            self._check_space()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                for shard in layout.files:
+                    self._create(shard)
+            except BaseException:
+                self.close()
+                raise
         self._place = {
             name: (self._fds[shard.file_name], offset)
             for shard in layout.files
             for name, offset in shard.offsets.items()
         }
 
+    def _create(self, shard: Shard) -> None:
+        path = self.folder / shard.file_name
+        path.parent.mkdir(exist_ok=True)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._fds[shard.file_name] = fd
+        os.ftruncate(fd, shard.nbytes)
+        _write_all(fd, memoryview(shard.header), 0)
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of an error of the system where it happened, and what is left.
+
+        Raises:
+            FusekitError: in place of any OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise FusekitError(
+                f"{error.filename or self.folder}: cannot be written: {error.strerror}; what is "
+                f"finished stays in {self.folder}, run again to continue"
+            ) from None
+
     def _check_space(self) -> None:
-        kept = self.folder.iterdir() if self.folder.exists() else ()
+        kept = self.folder.rglob("*") if self.folder.exists() else ()
         there = sum(file.stat().st_blocks * 512 for file in kept)
         place = existing_parent(self.folder)
         free = shutil.disk_usage(place).free
         if free + there < self.layout.nbytes:
             raise FusekitError(
-                f"{place}: {free / 1e9:.2f} GB free, the output needs "
-                f"{self.layout.nbytes / 1e9:.2f} GB"
+                f"{place}: {_amount(free)} free, the output needs {_amount(self.layout.nbytes)}"
             )
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
         """Write bytes of a tensor, starting `offset` bytes into it. Thread-safe."""
         fd, begin = self._place[name]
-        done = os.pwrite(fd, data, begin + offset)
-        while done < len(data):
-            done += os.pwrite(fd, data[done:], begin + offset + done)
+        try:
+            _write_all(fd, data, begin + offset)
+        except OSError:
+            with self.explained():
+                raise
 
     def read(self, name: str, offset: int, out: memoryview) -> None:
         """Read back what was written."""
@@ -84,17 +111,21 @@ class CheckpointWriter:
 
     def flush(self) -> None:
         """Force everything written so far to the disk."""
-        for fd in self._fds.values():
-            os.fsync(fd)
+        with self.explained():
+            for fd in self._fds.values():
+                os.fsync(fd)
 
     def add_file(self, name: str, content: bytes) -> None:
-        """A small file beside the shards, flushed."""
+        """A small file beside the shards, flushed; one of that name stays whole until then."""
         path = self.folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        draft = path.with_name(f"{path.name}.new")
+        with self.explained():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with draft.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
 
     def discard_file(self, name: str) -> None:
         """Remove a working file that is not part of the finished output."""
@@ -110,7 +141,18 @@ class CheckpointWriter:
         """Flush, close and rename the folder into place; a folder it replaces goes last."""
         self.flush()
         self.close()
-        publish_folder(self.folder, self.target)
+        with self.explained():
+            publish_folder(self.folder, self.target)
+
+
+def _write_all(fd: int, data: memoryview, position: int) -> None:
+    done = os.pwrite(fd, data, position)
+    while done < len(data):  # a nearly full disk takes less than it is given, then refuses
+        done += os.pwrite(fd, data[done:], position + done)
+
+
+def _amount(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
 def publish_folder(folder: Path, target: Path) -> None:

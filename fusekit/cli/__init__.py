@@ -72,6 +72,11 @@ def main() -> None:
     except FusekitError as error:
         print(f"fusekit: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"fusekit: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("fusekit: interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(130)

@@ -113,8 +113,9 @@ class Journal:
         if fresh:
             self._writer.flush()
             text = "".join(_line(name, checksum) + "\n" for name, checksum in fresh.items())
-            os.write(self._fd, text.encode())
-            os.fsync(self._fd)
+            with self._writer.explained():
+                os.write(self._fd, text.encode())
+                os.fsync(self._fd)
 
     def close(self) -> None:
         os.close(self._fd)

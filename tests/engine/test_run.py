@@ -286,7 +286,7 @@ def test_a_place_that_is_no_folder_is_refused(inputs: Inputs) -> None:
 def test_too_little_disk_space_is_refused_before_work(inputs: Inputs, monkeypatch: Any) -> None:
     usage = shutil.disk_usage(inputs.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=10_000))
-    with pytest.raises(FusekitError, match=r"0\.00 GB free, the output needs") as caught:
+    with pytest.raises(FusekitError, match=r"0\.01 MB free, the output needs 0\.\d\d MB") as caught:
         fusekit.merge(inputs.recipe, inputs.folder / "out")
     assert str(inputs.folder) in str(caught.value)
     assert not (inputs.folder / "out").exists()
