@@ -139,6 +139,7 @@ class Adapter:
         left_out: number of tensors of other models of a pipeline in the same file, by component.
         flattened: a module whose name is flattened as kohya's tools do, the base not being known
             that tells what it stands for; empty if there is none.
+        dora: whether the file has DoRA magnitudes, known before any module is read.
     """
 
     label: str
@@ -147,6 +148,7 @@ class Adapter:
     config: Mapping[str, Any]
     left_out: Mapping[str, int] = dataclasses.field(default_factory=dict)
     flattened: str = ""
+    dora: bool = False
 
     def require_names(self) -> None:
         """Refuse names that no base model has.

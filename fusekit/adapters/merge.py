@@ -212,10 +212,25 @@ def merge_adapters(
     label = f"{method} of {len(adapters)} adapters"
     if vary is None and _changes_nothing(method, *settings):
         return dataclasses.replace(adapters[0], label=label)
+    for adapter in adapters:
+        _check_dora(adapter, method, base)
     pool = _Pool(adapters, settings_of, base)
     modules = _MergedModules(pool, _combiner(pool, method, options), options)
     replacements = _merged_replacements(adapters, settings_of)
     return Adapter(label, modules, replacements, _shared_config(adapters))
+
+
+def _check_dora(adapter: Adapter, method: str, base: TensorSource | None) -> None:
+    if adapter.dora and not method.endswith("svd"):
+        raise CheckpointError(
+            f"{adapter.label}: uses DoRA, whose update is not a product of two small factors; "
+            "merge it with svd or one of the _svd methods"
+        )
+    if adapter.dora and base is None:
+        raise CheckpointError(
+            f"{adapter.label}: uses DoRA, whose update depends on the base's weights: merging "
+            "needs the base model"
+        )
 
 
 def _changes_nothing(method: str, weights: Sequence[float], options: MergeOptions) -> bool:

@@ -180,6 +180,7 @@ def _build(
         config=dict(config or {}),
         left_out=names.left_out,
         flattened=names.flattened,
+        dora=any("magnitude" in spec.keys for spec in specs.values()),
     )
 
 

@@ -321,7 +321,7 @@ def plan_adapters(recipe: Recipe, component: str | None = None) -> AdapterPlan:
             raise RecipeError(f"{where}{error}") from None
     for i, adapter in enumerate(adapters):
         adapter.require_names()
-        if adapter.config.get("use_dora") and base is None:
+        if adapter.dora and base is None:
             raise RecipeError(
                 f"models[{i}]: uses DoRA, whose update depends on the base's weights: "
                 "base_model is missing"

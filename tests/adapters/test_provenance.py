@@ -133,6 +133,19 @@ def test_a_second_run_is_refused_unless_it_may_replace_the_first(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["out", "task0", "task1"]
 
 
+def test_what_a_killed_run_left_is_replaced(folder):
+    (folder / "out.partial").mkdir()
+    (folder / "out.partial/stale.safetensors").write_bytes(b"half")
+    merge(folder, "--method", "cat")
+    assert sorted(p.name for p in folder.iterdir()) == ["out", "task0", "task1"]
+    assert sorted(p.name for p in (folder / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

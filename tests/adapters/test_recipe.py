@@ -9,13 +9,13 @@ import sys
 import numpy as np
 import pytest
 import yaml
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 import fusekit
 from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
 from fusekit.adapters.merge import METHODS
 from fusekit.adapters.recipe import parameters_of, plan_adapters
-from fusekit.errors import FusekitError, RecipeError
+from fusekit.errors import CheckpointError, FusekitError, RecipeError
 from fusekit.recipe.schema import load_recipe
 
 from .support import random_adapter
@@ -331,12 +331,28 @@ def test_lora_files_are_told_from_models_by_their_tensors(folder):
         fusekit.merge(mixed, folder / "other")
 
 
-def test_dora_needs_a_base_before_anything_is_written(folder):
-    path = folder / "task1/adapter_config.json"
-    config = json.loads(path.read_text()) | {"use_dora": True}
-    path.write_text(json.dumps(config))
+def test_dora_needs_a_base_and_a_method_before_anything_is_written(folder):
+    path = folder / "task1/adapter_model.safetensors"
+    config = json.loads((folder / "task1/adapter_config.json").read_text()) | {"use_dora": True}
+    (folder / "task1/adapter_config.json").write_text(json.dumps(config))
+    magnitudes = {
+        f"base_model.model.{name.removesuffix('.weight')}.lora_magnitude_vector": np.ones(
+            rows, "f4"
+        )
+        for name, (rows, _) in SHAPES.items()
+    }
+    save_file(load_file(path) | magnitudes, path)
     with pytest.raises(RecipeError, match=r"models\[1\]: uses DoRA.*base_model is missing"):
         fusekit.merge(recipe_of(folder, "svd"), folder / "out")
+    recipe = recipe_of(folder, "cat", base_model=str(folder / "full"))
+    with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* merge it with svd or one of the"):
+        fusekit.merge(recipe, folder / "out")
+    adapters = [load_adapter(folder / f"task{i}") for i in range(2)]
+    with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* needs the base model"):
+        merge_adapters(adapters, "svd")
+    assert not (folder / "out").exists() and not (folder / "out.partial").exists()
+    fusekit.merge({**recipe, "merge_method": "svd"}, folder / "out")
+    assert load_adapter(folder / "out").modules["m.q.weight"].magnitude is None
 
 
 def test_a_recipe_of_adapters_stands_alone(folder):
