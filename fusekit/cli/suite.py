@@ -66,7 +66,7 @@ def run(
 
 @app.command("build")
 def build(
-    name: Annotated[str, typer.Argument(help="A suite that is trained first.", show_default=False)],
+    name: Annotated[str, typer.Argument(help="digits, vision, text or lm.", show_default=False)],
     out: Annotated[Path, typer.Argument(help="Folder for the suite.", show_default=False)],
     data: Annotated[
         Path | None, typer.Option(help="Folder of the data, for suites that need some.")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PRETRAINING_TASK = "objects"
 """What the base was trained on: ten numerals and ten kinds of photographs, twenty classes."""
 
-LIMITS = {"train": 256, "validation": 400, "test": 1000}
+LIMITS = {"train": 256, "validation": 250, "test": 600}
 """Examples per task that are measured (train) and scored, fewer where there are not so many."""
 
 BATCH = 250
