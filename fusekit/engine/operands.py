@@ -153,8 +153,9 @@ class _Reader:
             self._check_count(place, len(others))
             return Slice(tuple(others), same[0] if same else self._added(base, listed), levels)
         elif method.base is None and not same and not isinstance(entries[0], SourceEntry):
-            raise RecipeError(
-                f"base_model: found {base!r}, but {method.name} takes no base_model; remove it"
+            listed.append(self._added(base, listed))
+            self._notes.append(
+                f"base_model {base} is merged as one more model: {method.name} has no base"
             )
         self._check_count(place, len(listed))
         return Slice(tuple(listed), None, levels)

@@ -500,6 +500,9 @@ def merge_state_dicts(
                 raise FusekitError(f"{name}: {method} adds whole models, one by one; leave it out")
         own = {"threads": threads, "device": device, "allow_nonfinite": allow_nonfinite}
         return merge_arrays(models, base, parameters or {}, out_dtype=out_dtype, **own)
+    is_model = any(arrays is base for arrays in models)
+    if base is not None and not is_model and find(method).base is None:
+        raise RecipeError(f"base: {method} has none; leave it out, or list it among the models")
     labels = ["base" if arrays is base else f"model {i}" for i, arrays in enumerate(models)]
     content: dict[str, Any] = {
         "merge_method": method,

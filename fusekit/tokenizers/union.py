@@ -91,7 +91,7 @@ def tokenizer_spec(value: str | Mapping[str, Any]) -> TokenizerSpec:
         RecipeError: an unknown key, or a value of the wrong kind.
     """
     if isinstance(value, str):
-        return TokenizerSpec(source=value)
+        return TokenizerSpec(source=value.removeprefix("model:"))
     _check_keys("tokenizer", value, ("source", "tokens", "pad_to_multiple_of"))
     tokens = value.get("tokens") or {}
     if not isinstance(tokens, Mapping):

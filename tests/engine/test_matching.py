@@ -291,7 +291,18 @@ def test_a_listed_base_of_a_method_without_one_gives_the_config(tmp_path: Path) 
     merged, config, _ = merge(tmp_path, **equally(a, b), base_model=b)
     assert merged[EMBED][0, 0] == 2.0
     assert "tie_word_embeddings" in config
-    assert "takes no base_model" in refused(**equally(a), base_model=b)
+
+
+def test_an_unlisted_base_of_a_method_without_one_is_one_more_model(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 4.0, tied=False)
+    merged, config, warnings = merge(tmp_path, **equally(a, a), base_model=b)
+    assert merged[EMBED][0, 0] == 2.0
+    assert config["tie_word_embeddings"] is False
+    assert warnings == [f"base_model {b} is merged as one more model: linear has no base"]
+    models = [{"model": a, "parameters": {"weight": 1.0}}]
+    assert f"base_model ({b}): linear needs the parameter 'weight'" in refused(
+        models=models, base_model=b
+    )
 
 
 def test_stacking_takes_the_config_of_a_base_that_is_no_source(tmp_path: Path) -> None:

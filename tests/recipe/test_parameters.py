@@ -217,7 +217,7 @@ def test_a_number_beyond_float64() -> None:
         ("karcher", "max_iter", 1.5, "an integer in [0, inf)"),
         ("karcher", "max_iter", float("inf"), "an integer in [0, inf)"),
         ("karcher", "max_iter", [1, 2], "an integer in [0, inf)"),
-        ("linear", "normalize", 1, "true or false"),
+        ("linear", "normalize", 2, "true or false"),
         ("linear", "normalize", "yes", "true or false"),
         ("linear", "normalize", [True, False], "true or false"),
         ("ties", "zero", "zero", "'positive' or 'majority'"),
@@ -286,7 +286,7 @@ def merged(method: str, models: int, base: bool, **parameters: Any) -> dict[str,
 @pytest.mark.parametrize(
     ("method", "models", "base", "message"),
     [
-        ("linear", 2, True, "base_model: found 'base', but linear takes no base_model; remove it"),
+        ("linear", 2, True, "base: linear has none; leave it out, or list it among the models"),
         ("ties", 2, False, "base_model is missing: ties merges differences from it"),
         ("slerp", 3, False, "models: slerp merges 1 to 2 model(s), found 3"),
         ("slerp", 2, True, "models: slerp merges 1 to 2 model(s), found 3"),
