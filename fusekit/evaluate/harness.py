@@ -28,10 +28,10 @@ class HarnessSettings:
     """What a suite's YAML may set.
 
     Attributes:
-        tasks: suite task -> split -> task of the harness. A group of tasks counts as one: all its
-            examples together.
+        tasks: what the suite scores -> split -> task of the harness. A group of tasks counts as
+            one: all its examples together.
         include: folder with local task files, or None.
-        metric: suite task -> metric as the harness names it, `acc` or `exact_match,strict-match`.
+        metric: what the suite scores -> metric as the harness names it, `acc` or `exact_match,strict-match`.
         limit: only so many examples per task, or None for all.
         fewshot: examples in the prompt; None for what the task says.
         batch: examples in one forward pass.
@@ -84,7 +84,9 @@ class HarnessEvaluator:
 
         model = load_pretrained("AutoModelForCausalLM", checkpoint, self._settings.dtype)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             sentence = " ".join(str(error).split())
             raise FusekitError(f"{checkpoint}: no tokenizer can be loaded: {sentence}") from None

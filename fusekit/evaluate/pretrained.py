@@ -43,7 +43,11 @@ def load_pretrained(kind: str, checkpoint: Path, dtype: str = "float32") -> Any:
     try:
         with quiet():
             model, info = getattr(transformers, kind).from_pretrained(
-                checkpoint, dtype=dtype, local_files_only=True, output_loading_info=True
+                checkpoint,
+                dtype=dtype,
+                local_files_only=True,
+                trust_remote_code=False,  # None would ask whoever sits at the terminal
+                output_loading_info=True,
             )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         sentence = " ".join(str(error).split())

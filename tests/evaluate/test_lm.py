@@ -95,6 +95,25 @@ def test_a_built_suite_holds_models_tokenizers_and_windows(built: Path) -> None:
     assert all(((each > 0) & (each < 1)).all() for each in found.values())
 
 
+def test_a_built_suite_runs_and_gives_the_same_table_again(built: Path, tmp_path: Path) -> None:
+    from fusekit.evaluate.runner import run_suite
+    from fusekit.evaluate.suite import load_suite
+
+    suite = load_suite(built / "suite.yml")
+    first, again = (
+        run_suite(suite, ["linear"], tmp_path / name, budget=1, resamples=50)
+        for name in ("first", "again")
+    )
+    (row,) = first.rows
+    assert set(row.scores) == {*lm_building.DOMAINS, lm_building.HELD_BACK}
+    assert row.normalised_interval[0] < row.normalised < row.normalised_interval[1]
+    assert row.retained is not None and 0 < row.retained < 2
+    assert (row.scores, row.normalised_interval) == (
+        again.rows[0].scores,
+        again.rows[0].normalised_interval,
+    )
+
+
 def test_documents_of_the_test_split_are_not_trained_on(data: Path) -> None:
     splits = lm_building.split_documents(lm_building.read_documents(data), seed=3)
     for domain in (*lm_building.DOMAINS, lm_building.HELD_BACK):
