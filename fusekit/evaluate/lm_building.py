@@ -56,7 +56,7 @@ MOST_WINDOWS = 64
 
 BATCH = 16
 PRETRAINING_RATE = 3e-3
-FINE_TUNING_RATE = 1e-3
+FINE_TUNING_RATE = 3e-4
 NAMES_PER_DOCUMENT = 64
 PLAY_DOCUMENT = 2000
 """Characters, about, of a document cut from the plays."""

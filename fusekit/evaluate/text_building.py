@@ -44,11 +44,11 @@ HALVES = "halves"
 HALVES_FILE = "rt-polarity.all"
 
 DEFAULTS = {
-    "examples": 768,
-    "validation": 128,
-    "test": 300,
+    "examples": 512,
+    "validation": 100,
+    "test": 250,
     "epochs": 2,
-    "lora_epochs": 4,
+    "lora_epochs": 3,
     "rank": 8,
     "tokens": 32,
 }
