@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.adapters.linalg import balance, gram_matrix
+from fusekit.adapters.linalg import balance, gram_matrix, stack_factors
 
 Array = npt.NDArray[Any]
 
@@ -71,52 +72,53 @@ def merge_pieces(
         "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through
         Rank-Wise Clustering", arXiv 2409.16167.
     """
-    roots = [np.float32(np.sqrt(abs(coefficient))) for _, _, coefficient in parts]
-    halves_a = [a * np.copysign(r, c) for (a, _, c), r in zip(parts, roots, strict=True)]
-    halves_b = [(b * r).T for (_, b, _), r in zip(parts, roots, strict=True)]
-    a, b = np.concatenate(halves_a), np.concatenate(halves_b)
+    roots = [math.sqrt(abs(coefficient)) for _, _, coefficient in parts]
+    signed = [math.copysign(root, c) for root, (_, _, c) in zip(roots, parts, strict=True)]
+    A, B = stack_factors([(a, b, c) for (a, b, _), c in zip(parts, signed, strict=True)])
+    B *= np.repeat(np.asarray(roots, np.float32), [len(a) for a, _, _ in parts])
     if options.canonicalize:
-        a, b = _canonical(a, b)
-    count = min(rank, len(a))
-    labels = _cluster(_feature_gram(a, b, options), count, options, seed, initial)
-    pieces = np.concatenate([a, b], axis=1)
-    centres = _centres(pieces, labels, count, options)
-    mean_rank = len(pieces) / len(parts)
-    scale = np.sqrt(mean_rank / count) if options.output_reweighting else 1.0
+        A, B = _canonical(A, B)
+    count = min(rank, len(A))
+    half_precision = all(max(a.itemsize, b.itemsize) <= 2 for a, b, _ in parts)
+    gram = _feature_gram(A, B, options.feature, np.float32 if half_precision else np.float64)
+    labels = _cluster(gram, count, options, seed, initial)
+    centres_a, centres_b = _centres(A, B, labels, count, options)
+    mean_rank = len(A) / len(parts)
+    scale = np.float32(math.sqrt(mean_rank / count) if options.output_reweighting else 1.0)
     used = np.unique(labels)
-    merged = centres[used] * np.sqrt(scale)
-    width = a.shape[1]
     return LegoResult(
-        A=merged[:, :width].astype(np.float32),
-        B=np.ascontiguousarray(merged[:, width:].T).astype(np.float32),
+        A=centres_a[used] * np.sqrt(scale),
+        B=centres_b[:, used] * np.sqrt(scale),
         labels=labels,
-        centres=centres,
+        centres=np.concatenate([centres_a, centres_b.T], axis=1),
     )
 
 
-def _feature_gram(a: Array, b: Array, options: LegoOptions) -> Array:
-    """Inner products of all pairs of features `[a ; b]`, each half at unit length for `unit`.
+def _feature_gram(
+    A: Array, B: Array, feature: Literal["unit", "raw"], dtype: type[np.floating[Any]]
+) -> Array:
+    """Inner products of all pairs of features, a row of A and a column of B, each of the two at
+    unit length for `unit`.
 
     All k-means needs of the features: a centre is a weighted mean of them, so that its distances
     are sums of these products.
     """
-    total = np.zeros((len(a), len(a)))
-    for half in (a, b):
-        gram = gram_matrix(half.T)
-        if options.feature == "unit":
+    total = np.zeros((len(A), len(A)))
+    for gram in (gram_matrix(A.T, dtype), gram_matrix(B, dtype)):
+        if feature == "unit":
             lengths = np.sqrt(gram.diagonal()) + 1e-8
-            gram = gram / np.outer(lengths, lengths)
+            gram /= np.outer(lengths, lengths)
         total += gram
     return total
 
 
-def _canonical(a: Array, b: Array) -> tuple[Array, Array]:
-    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    ratio = balance(norm_a, norm_b)[:, None]
-    a, b = a * ratio, b / ratio
+def _canonical(A: Array, B: Array) -> tuple[Array, Array]:
+    norm_a, norm_b = np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=0)
+    ratio = balance(norm_a, norm_b)
+    A, B = A * ratio[:, None], B / ratio
     largest = int(np.argmax(norm_a * norm_b))
-    signs = np.where(a @ a[largest] < 0, -1.0, 1.0)[:, None].astype(np.float32)
-    return a * signs, b * signs
+    signs = np.where(A @ A[largest] < 0, np.float32(-1), np.float32(1))
+    return A * signs[:, None], B * signs
 
 
 def _cluster(
@@ -158,17 +160,25 @@ def _k_means(gram: Array, initial: Array, iterations: int) -> tuple[npt.NDArray[
 
 
 def _centres(
-    pieces: Array, labels: npt.NDArray[np.int64], count: int, options: LegoOptions
-) -> Array:
-    """Mean raw piece per cluster at its members' mean norm; zero for an empty cluster."""
-    centres = np.zeros((count, pieces.shape[1]))
-    order = np.inf if options.norm == "linf" else 2
-    for cluster in np.unique(labels):
-        members = pieces[labels == cluster]
-        centre = members.mean(axis=0)
-        if options.parameter_reweighting:
-            wanted = np.linalg.norm(members, ord=order, axis=1).mean()
-            factor = wanted / (np.linalg.norm(centre, ord=order) + 1e-12)
-            centre = centre * min(factor, MAX_REWEIGHTING)
-        centres[cluster] = centre
-    return centres
+    A: Array, B: Array, labels: npt.NDArray[np.int64], count: int, options: LegoOptions
+) -> tuple[Array, Array]:
+    """Mean piece per cluster at its members' mean norm, (count, in) and (out, count); zero for an
+    empty cluster."""
+    members = labels == np.arange(count)[:, None]
+    shares = (members / np.maximum(1, members.sum(axis=1, keepdims=True))).astype(np.float32)
+    mean_a, mean_b = shares @ A, B @ shares.T
+    if options.parameter_reweighting:
+        wanted = shares @ _norms(A, B, options.norm)
+        found = _norms(mean_a, mean_b, options.norm)
+        factors = np.minimum(wanted / (found + np.float32(1e-12)), np.float32(MAX_REWEIGHTING))
+        mean_a *= factors[:, None]
+        mean_b *= factors
+    return mean_a, mean_b
+
+
+def _norms(A: Array, B: Array, norm: Literal["linf", "l2"]) -> Array:
+    """Norm of every piece, its halves a row of A and a column of B set end to end."""
+    if norm == "linf":
+        ends = (A.max(axis=1), -A.min(axis=1), B.max(axis=0), -B.min(axis=0))
+        return np.asarray(np.maximum.reduce(ends))
+    return np.asarray(np.hypot(np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=0)))

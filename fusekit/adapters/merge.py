@@ -614,7 +614,7 @@ def _delta_rows(part: _Part, rows: slice) -> Array:
 
 
 def _lego(name: str, parts: Sequence[_Part], options: MergeOptions) -> tuple[Array, Array]:
-    triples = [(to_float32(A), to_float32(B), c) for A, B, c in _low_rank(name, parts)]
+    triples = _low_rank(name, parts)
     pieces = sum(A.shape[0] for A, _, _ in triples)
     rank = options.rank or max(1, round(pieces / len(triples)))
     seed = _key(options.seed, name, "pieces")
