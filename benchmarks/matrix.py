@@ -50,11 +50,11 @@ def main() -> None:
             f"{'method':14} {'merge s':>8} {'svd s':>8} {'ratio':>6} {'eigh s':>8} {'ratio':>6}"
             f" {'peak MB':>8} {'bound MB':>9}"
         )
+        alone = floors(shapes, options)
         for method in options.methods:
-            parameters: dict[str, Any] = {}
-            run_one(folder, method, parameters, options, shapes)
+            run_one(folder, method, {}, options, shapes, alone)
         if "wudi" in options.methods:
-            run_one(folder, "wudi", {"solver": "adam"}, options, shapes)
+            run_one(folder, "wudi", {"solver": "adam"}, options, shapes, alone)
             compare_losses(shapes)
 
 
@@ -113,8 +113,9 @@ def run_one(
     parameters: dict[str, Any],
     options: argparse.Namespace,
     shapes: dict[str, tuple[int, ...]],
+    alone: tuple[float, float],
 ) -> None:
-    """One line of the table."""
+    """One line of the table; `alone` are the seconds of one decomposition per matrix."""
     recipe = {
         "merge_method": method,
         "base_model": str(folder / "base"),
@@ -127,7 +128,7 @@ def run_one(
         [sys.executable, "-c", MERGE, given], capture_output=True, text=True, check=True
     )
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    svd, eigh = floors(method, shapes, options)
+    svd, eigh = (decompositions(method) * floor for floor in alone)
     largest = max(int(np.prod(shape)) for shape in shapes.values())
     bound = 6 * 4 * largest * MODELS / 1e6 + 500
     print(
@@ -148,10 +149,8 @@ def decompositions(method: str) -> int:
     }[method]
 
 
-def floors(
-    method: str, shapes: dict[str, tuple[int, ...]], options: argparse.Namespace
-) -> tuple[float, float]:
-    """Seconds of the decompositions alone: thin SVDs, and eigenproblems of the smaller side."""
+def floors(shapes: dict[str, tuple[int, ...]], options: argparse.Namespace) -> tuple[float, float]:
+    """Seconds of every matrix decomposed once: thin SVDs, eigenproblems of the smaller side."""
     import torch
 
     torch.set_num_threads(options.threads)
@@ -163,10 +162,9 @@ def floors(
     ]
     grams = [(m if m.shape[0] <= m.shape[1] else m.T).double() for m in matrices]
     grams = [m @ m.T for m in grams]
-    count = decompositions(method)
     svd = _seconds(matrices, lambda m: torch.linalg.svd(m, full_matrices=False), options.device)
     eigh = _seconds(grams, torch.linalg.eigh, options.device)
-    return count * svd, count * eigh
+    return svd, eigh
 
 
 def _seconds(matrices: Iterable[Any], function: Callable[[Any], Any], device: str) -> float:

@@ -17,7 +17,7 @@ from fusekit.checkpoint.source import TensorSource
 from fusekit.methods.base import Granularity, Method, Tensor
 
 WHOLE_COPIES = 10
-"""Copies of a tensor in float64 that the mathematics on whole tensors holds at most."""
+"""Copies of a tensor in float64 that the mathematics on whole tensors holds, if nothing is said."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,9 @@ class Plan:
                 extra = 0 if planned.method.statistic is None else len(planned.models)
                 square = max(planned.size, planned.shape[-1] ** 2 if planned.shape else 1)
                 held = 4 * (operands * planned.size + extra * square)
-                most = max(most, 2 * held + WHOLE_COPIES * 8 * planned.size)
+                working = planned.method.working
+                wide = WHOLE_COPIES * planned.size if working is None else working(planned.tensor)
+                most = max(most, 2 * held + 8 * wide)
         return most
 
     @property

@@ -414,6 +414,10 @@ class Method:
     statistic: Callable[[Tensor], str] | None = None
     """The entry in every model's file of statistics that merging a tensor as a whole needs."""
     statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
+    working: Callable[[Tensor], int] | None = None
+    """Float64 elements that `matrix` holds at most beside its operands; ten copies if None."""
+    survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    """By model, the values of a whole tensor of which the share `density` is kept in its group."""
     survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
     """By model, the values of a whole tensor of which the share `density` is kept in its group."""
     """The shapes that entry may have."""

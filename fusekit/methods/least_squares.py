@@ -56,6 +56,13 @@ def _optmerge(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
     return merged
 
 
+def _working(tensor: Tensor) -> int:
+    """Two copies of all task vectors, and the eigenproblem of the smaller side of their stack."""
+    rows, columns = tensor.shape
+    side = min(tensor.models * rows, columns)
+    return (2 * tensor.models + 4) * tensor.size + rows**2 + (7 * side + 2 * columns) * side
+
+
 def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
     return Method(
         name=name,
@@ -66,6 +73,7 @@ def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
         whole=is_matrix,
         matrix=scaled(merge),
         others=OTHERS,
+        working=_working,
         passes="one, whole matrices",
         **about,
     )

@@ -60,6 +60,11 @@ def _regmean(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured
     return merged
 
 
+def _regmean_working(tensor: Tensor) -> int:
+    """All models' weights, and the equations of the layer's inputs."""
+    return (tensor.models + 3) * tensor.size + 8 * max(tensor.shape) ** 2
+
+
 def _module(tensor: Tensor) -> str:
     return tensor.name.removesuffix(".weight")
 
@@ -155,6 +160,7 @@ METHODS = (
         base=None,
         whole=lambda tensor: is_matrix(tensor) and tensor.name.endswith(".weight"),
         matrix=_regmean,
+        working=_regmean_working,
         others="average by the weights",
         statistic=lambda tensor: f"{_module(tensor)}/gram",
         statistic_shapes=lambda tensor: tuple(

@@ -117,7 +117,7 @@ def test_triples_of_a_residual_need_no_residual(
     seed: int, shape: tuple[int, int], numerical: bool
 ) -> None:
     matrix, other = draw(seed, shape, 2)
-    basis = linalg.all_triples(other, 2).U
+    basis = linalg.all_triples(other.double(), 2).U
     found = linalg.residual_triples(matrix, basis, 2, numerical)
     wide = matrix.double()
     U, S, Vh = torch.linalg.svd(wide - basis @ (basis.T @ wide), full_matrices=False)
@@ -134,7 +134,7 @@ def test_a_residual_without_strength_has_orthonormal_directions_or_none(
 ) -> None:
     left, right = draw(7, (shape[0], 2), 1)[0], draw(8, (shape[1], 2), 1)[0]
     matrix = left @ right.T
-    basis = linalg.triples(matrix).U
+    basis = linalg.triples(matrix.double()).U
     found = linalg.residual_triples(matrix, basis, 3, numerical)
     if numerical:
         assert float(found.S.sum()) < 1e-4

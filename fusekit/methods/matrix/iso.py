@@ -76,7 +76,7 @@ def common_and_specific(
     if own == 0:
         return common(deltas, numerical)
     decompose = triples if numerical else all_triples
-    shared = decompose(total(deltas), rank - own * len(deltas), deltas[0].dtype)
+    shared = decompose(total(deltas), rank - own * len(deltas))
     pieces = [residual_triples(delta, shared.U, own, numerical) for delta in deltas]
     pieces.append(shared)
     S = torch.cat([piece.S for piece in pieces])

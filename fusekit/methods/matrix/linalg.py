@@ -127,21 +127,17 @@ def triples(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None 
     Args:
         matrix: (m, n), any floating-point type.
         count: how many of the largest are wanted; by default all.
-        dtype: of products, see `Side`; by default the matrix's.
     """
-    found = short_side(matrix, dtype).standing_out()
+    found = short_side(matrix).standing_out()
     return found.leading(len(found.S) if count is None else count).triples()
 
 
-def all_triples(
-    matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None
-) -> Triples:
+def all_triples(matrix: Tensor, count: int | None = None) -> Triples:
     """The leading `count` singular triples, by default min(m, n), noise or not.
 
     Where the matrix has (nearly) no strength, directions are what LAPACK's SVD makes of them.
-    Arguments as of `triples`.
     """
-    found = short_side(matrix, dtype)
+    found = short_side(matrix)
     wanted = found.leading(len(found.S) if count is None else count)
     if wanted.is_sound():
         return wanted.triples()
@@ -156,7 +152,7 @@ def residual_triples(matrix: Tensor, basis: Tensor, count: int, numerical: bool)
 
     Args:
         matrix: (m, n).
-        basis: B, in float64.
+        basis: B, orthonormal to float64: what is left of a matrix may be far weaker than it.
         count: how many of the largest are wanted.
         numerical: only those that stand out from the rounding noise of the matrix; otherwise all,
             as `all_triples`.
@@ -240,9 +236,9 @@ def orthogonalized_product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
 
 def total(deltas: Sequence[Tensor]) -> Tensor:
     """The sum of tensors, accumulated in float64."""
-    result = deltas[0].double()
+    result = deltas[0].to(torch.float64, copy=True)
     for delta in deltas[1:]:
-        result = result + delta
+        result += delta
     return result
 
 
