@@ -83,13 +83,18 @@ def weighted_sum(
     votes = np.zeros(tensors[0].shape, np.float32)
     for tensor in tensors:
         votes += tensor if majority == "total" else np.sign(tensor)
-    positive = votes >= 0
+    elected = np.where(votes >= 0, np.float32(1), np.float32(-1))
     count = np.zeros(tensors[0].shape, np.float32)
+    kept = np.empty(tensors[0].shape, np.float32)
     for tensor, weight in zip(tensors, weights, strict=True):
-        agrees = np.where(positive, tensor > 0, tensor < 0)
-        total += tensor * np.float32(weight) * agrees
-        count += agrees
-    return np.asarray(total / np.maximum(count, 1, out=count))
+        # With the elected sign taken off, entries that agree are the positive ones.
+        np.maximum(np.multiply(tensor, elected, out=kept), 0, out=kept)
+        count += kept > 0
+        kept *= np.float32(weight)
+        total += kept
+    total *= elected
+    total /= np.maximum(count, 1, out=count)
+    return total
 
 
 def prune_magnitude(tensor: Array, density: float) -> Array:
@@ -100,7 +105,7 @@ def prune_magnitude(tensor: Array, density: float) -> Array:
     kept = int(density * magnitudes.size)
     threshold, spare = magnitude_threshold(magnitudes, kept)
     mask = above(magnitudes, threshold, spare)[0]
-    return np.where(mask.reshape(tensor.shape), tensor, tensor.dtype.type(0))
+    return np.asarray(tensor * mask.reshape(tensor.shape))
 
 
 def magnitude_threshold(magnitudes: Array, kept: int) -> tuple[float, int]:

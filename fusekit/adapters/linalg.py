@@ -293,6 +293,8 @@ def allocate_ranks(
 def pad_rank(A: Array, B: Array, rank: int) -> tuple[Array, Array]:
     """The same product with zero ranks appended up to `rank`."""
     missing = rank - A.shape[0]
+    if missing == 0:
+        return A, B
     return np.pad(A, ((0, missing), (0, 0))), np.pad(B, ((0, 0), (0, missing)))
 
 

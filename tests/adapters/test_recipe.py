@@ -345,7 +345,7 @@ def test_dora_needs_a_base_and_a_method_before_anything_is_written(folder):
     with pytest.raises(RecipeError, match=r"models\[1\]: uses DoRA.*base_model is missing"):
         fusekit.merge(recipe_of(folder, "svd"), folder / "out")
     recipe = recipe_of(folder, "cat", base_model=str(folder / "full"))
-    with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* merge it with svd or one of the"):
+    with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* merge it with svd or one"):
         fusekit.merge(recipe, folder / "out")
     adapters = [load_adapter(folder / f"task{i}") for i in range(2)]
     with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* needs the base model"):
