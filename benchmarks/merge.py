@@ -2,8 +2,8 @@
 
     python -m benchmarks.merge --parameters 0.5e9 --models 3 --threads 2 --out bench-out
 
-For every method the inputs it reads are first copied through a buffer (read all, write one output),
-then merged; both costs are CPU seconds of user and system time. Start-up (interpreter, imports,
+For every method the inputs it reads are first copied through a buffer (read all, write one output,
+by as many threads), then merged; both costs are CPU seconds of user and system time. Start-up (interpreter, imports,
 loading cached kernels) is measured by the same command on a tiny checkpoint and reported apart.
 Writes `results.json` and `results.md`.
 """
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,18 +107,23 @@ def run_measured(command: list[str]) -> Cost:
     return Cost(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
 
 
-def copy_cost(inputs: list[Path], out: Path) -> Cost:
-    """Read all inputs through one buffer and write one output of the size of one of them."""
+def copy_cost(inputs: list[Path], out: Path, threads: int = 1) -> Cost:
+    """Read all inputs and write one output of the size of one of them, by as many threads."""
     begun, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF)
-    buffer = memoryview(bytearray(COPY_BUFFER))
     out.unlink(missing_ok=True)
     fds = [os.open(path, os.O_RDONLY) for path in inputs]
     target = os.open(out, os.O_WRONLY | os.O_CREAT)
     size = os.fstat(fds[0]).st_size
-    for offset in range(0, size, COPY_BUFFER):
-        for fd in fds:
-            os.preadv(fd, [buffer], offset)
-        os.pwrite(target, buffer[: min(COPY_BUFFER, size - offset)], offset)
+
+    def copy(thread: int) -> None:
+        buffer = memoryview(bytearray(COPY_BUFFER))
+        for offset in range(thread * COPY_BUFFER, size, threads * COPY_BUFFER):
+            for fd in fds:
+                os.preadv(fd, [buffer], offset)
+            os.pwrite(target, buffer[: min(COPY_BUFFER, size - offset)], offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(copy, range(threads)))
     for fd in (*fds, target):
         os.close(fd)
     after = resource.getrusage(resource.RUSAGE_SELF)
@@ -167,7 +173,7 @@ def measure(
     files = [folder / "model.safetensors" for folder in read]
     copies, merges = [], []
     for _ in range(repeat):  # in turn, so that both meet the same state of the machine
-        copies.append(copy_cost(files, work / "copy.bin"))
+        copies.append(copy_cost(files, work / "copy.bin", threads))
         merges.append(merge_cost(recipe, work, threads))
     best = min(merges, key=lambda cost: cost.cpu)
     return Row(name, len(read), best, start_up, min(copies, key=lambda cost: cost.cpu))

@@ -18,6 +18,7 @@ import numpy as np
 
 from fusekit.engine.blocks import (
     BLOCK_ELEMENTS,
+    KINDS,
     BlockReader,
     Fetch,
     Resident,
@@ -30,7 +31,7 @@ from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError, RecipeError
 from fusekit.kernels import GRANULE
-from fusekit.methods.base import Combine, Copy, Summary
+from fusekit.methods.base import Block, Combine, Copy, Summary
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -409,9 +410,7 @@ class Executor:
         overflows = 0
         digest = job.digests.from_chunk(start)
         for block in reader.blocks(combine, start, stop):
-            out = space.scratch("out", (block.size,), reader.compute)
-            combine.apply(block, out)
-            encoded, beyond = space.encode(out, planned.dtype)
+            encoded, beyond = self._merged(combine, block, planned, space)
             overflows += beyond
             digest.update(encoded, planned.dtype.itemsize)
             self._sink.write(planned.name, block.start * planned.dtype.itemsize, encoded.data)
@@ -420,6 +419,18 @@ class Executor:
         digest.close()
         self._count_nonfinite(job, reader, None)
         self._written(job, (stop - start) * planned.dtype.itemsize, overflows)
+
+    def _merged(
+        self, combine: Combine, block: Block, planned: PlannedTensor, space: Workspace
+    ) -> tuple[Array, int]:
+        """A block's merged bytes, and how many values left the finite range of their type."""
+        if block.packed is not None and block.packed.kind == KINDS.get(planned.dtype.name):
+            bits = space.scratch("encoded", (block.size,), np.uint16)
+            if combine.encode(block, bits):
+                return bits.view(np.uint8), 0
+        out = space.scratch("out", (block.size,), np.dtype(planned.compute))
+        combine.apply(block, out)
+        return space.encode(out, planned.dtype)
 
     def _copy(self, job: _Job, start: int, stop: int, space: Workspace) -> None:
         """Bytes as they are; operands of an integer tensor must all agree."""

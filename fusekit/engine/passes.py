@@ -35,10 +35,10 @@ Array = np.ndarray[Any, np.dtype[Any]]
 DIRECT_ELEMENTS = 1 << 17
 """Up to this many values an order statistic is selected from the values themselves."""
 
-FEWEST_PIECES, MOST_PIECES, PIECE_ELEMENTS = 32, 1024, 2048
+FEWEST_PIECES, MOST_PIECES, PIECE_ELEMENTS = 16, 1024, 4096
 """How a first guess of an order statistic is sampled: evenly spaced short runs."""
 
-ELEMENTS_PER_PIECE = 1 << 19
+ELEMENTS_PER_PIECE = 1 << 20
 """Large groups are sampled by more runs (0.4 percent), so that one count usually settles them."""
 
 MAX_BINS = 1 << 20
@@ -369,7 +369,7 @@ class _Order(Accumulator):
         Values of one run are alike, so part of the error shrinks with the number of runs only.
         """
         taken = self._collected.shape[1]
-        errors = 4.0 / taken**0.5 + 0.004 * (FEWEST_PIECES / len(self._pieces)) ** 0.5
+        errors = 4.0 / taken**0.5 + 0.0057 * (FEWEST_PIECES / len(self._pieces)) ** 0.5
         for target in self._targets:
             share = (self._size - target.rank) / self._size
             margin = errors * (share * (1.0 - share)) ** 0.5 + 2.0 / taken

@@ -341,6 +341,13 @@ class Combine(Request):
     def apply(self, block: Block, out: Array) -> None:
         """Write the merged elements; may destroy the block's rows."""
 
+    def encode(self, block: Block, out: Array) -> bool:
+        """Write the merged elements of a packed block as its own 16-bit type, (m,) uint16.
+
+        False where it cannot, or where a value left the type's finite range: `apply` then does.
+        """
+        return False
+
     def side(self, block: Block) -> Iterable[SidePart]:
         """What the block adds to the method's side tensors; asked right after `apply`."""
         return ()
@@ -407,6 +414,10 @@ class Method:
     whole: Callable[[Tensor], bool] | None = None
     """Which tensors `matrix` merges as a whole, with torch; the others follow `rule`."""
     matrix: MatrixRule | None = None
+    working: Callable[[Tensor], int] | None = None
+    """Float64 elements that `matrix` holds at most beside its operands; ten copies if None."""
+    survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
+    """By model, the values of a whole tensor of which the share `density` is kept in its group."""
     continual: bool = False
     """Whether models are added to a running update that is kept beside the checkpoint."""
     others: str = ""
@@ -414,12 +425,6 @@ class Method:
     statistic: Callable[[Tensor], str] | None = None
     """The entry in every model's file of statistics that merging a tensor as a whole needs."""
     statistic_shapes: Callable[[Tensor], tuple[tuple[int, ...], ...]] | None = None
-    working: Callable[[Tensor], int] | None = None
-    """Float64 elements that `matrix` holds at most beside its operands; ten copies if None."""
-    survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
-    """By model, the values of a whole tensor of which the share `density` is kept in its group."""
-    survey: Callable[[Tensor, list[torch.Tensor]], list[torch.Tensor]] | None = None
-    """By model, the values of a whole tensor of which the share `density` is kept in its group."""
     """The shapes that entry may have."""
     passes: str = "one"
     use_when: str = ""

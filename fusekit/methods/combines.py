@@ -19,6 +19,16 @@ class Linear(Combine):
     weights: tuple[float, ...]
     base_weight: float = 0.0
 
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        packed = block.packed
+        if packed is None or packed.kind != kernels.tiles.BF16:
+            return False
+        with_base = len(packed.bits) > len(self.weights)
+        weights = (*self.weights, self.base_weight) if with_base else self.weights
+        return bool(kernels.direct.weighted_sum(packed.bits, packed.start, np.array(weights), out))
+
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 

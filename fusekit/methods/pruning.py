@@ -269,6 +269,32 @@ class KeepLargest(RowPruning):
         return Step("KEEP_FIRST", self.model, self.cut.threshold, cut=self.cut)
 
 
+def trimming(block: Block, prunings: Prunings) -> tuple[Array, Array] | None:
+    """(bits of the models' thresholds in float32, ties left of each; -1: all) of a block.
+
+    None where the prunings do more than to keep each model's largest entries.
+    """
+    import numpy as np
+
+    keys = np.zeros(block.tensor.models, np.uint32)
+    left = np.full(block.tensor.models, -1, np.int64)
+    for pruning in prunings:
+        if not isinstance(pruning, KeepLargest) or keys[pruning.model]:
+            return None
+        cut = pruning.cut
+        keys[pruning.model] = np.float32(cut.threshold).view(np.uint32)
+        if cut.ties is not None:
+            left[pruning.model] = cut.left(block.start)
+    return keys, left
+
+
+def leave(prunings: Prunings, left: Array) -> None:
+    """Let the cuts of trimmed models know how many ties the block has left."""
+    for pruning in prunings:
+        if isinstance(pruning, KeepLargest) and pruning.cut.ties is not None:
+            pruning.cut.leave(int(left[pruning.model]))
+
+
 @dataclass(frozen=True, eq=False)
 class DropLargest(RowPruning):
     """Drop the entries before a cut."""
@@ -309,10 +335,17 @@ class Magnitudes(Ordered):
         program, packed = self.program(block), block.packed
         if program is None or packed is None:
             return False
-        place = packed.bits, packed.kind, packed.start, block.size, block.start
+        counts, done = (brackets, bins, above), 0
+        if not self.prunings and packed.kind == kernels.tiles.BF16:
+            done = kernels.direct.count_brackets(packed.bits, packed.start, block.size, *counts)
+            if done == block.size:
+                return True
+        rest = packed.start + done, block.size - done, block.start + done
         models, special = block.tensor.models, packed.special
         with program.on(block) as steps:
-            kernels.tiles.count_brackets(*place, *steps, brackets, bins, above, models, special)
+            kernels.tiles.count_brackets(
+                packed.bits, packed.kind, *rest, *steps, *counts, models, special
+            )
         return True
 
 

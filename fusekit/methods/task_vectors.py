@@ -16,6 +16,7 @@ from fusekit.methods.base import (
     Block,
     Combine,
     Method,
+    Packed,
     Parameter,
     Rule,
     Scope,
@@ -33,10 +34,12 @@ from fusekit.methods.pruning import (
     drop_random,
     drop_smallest,
     inverse_density,
+    leave,
     match_l1,
     prune,
     trim_exact,
     trim_threshold,
+    trimming,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +82,63 @@ class ElectedMerge(OnPruned, Combine):
     tie_sign: int
     merge: int
     scale: float
+
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        packed, direct = block.packed, kernels.direct
+        if packed is None or packed.kind != kernels.tiles.BF16 or len(self.weights) != 3:
+            return False
+        if self.election != _ELECTIONS["mass"] or self.tie_sign != 1 or self.merge > 1:
+            return False
+        trimmed = trimming(block, self.prunings)
+        if trimmed is None:
+            return False
+        keys, left = trimmed
+        ballots, weights = np.array(self.ballots), np.array(self.weights)
+        choices = ballots, weights, self.merge == _MERGES["mean"], self.scale
+        done = 0
+        while True:
+            at = packed.start + done
+            done += direct.elect_of_three(packed.bits, at, keys, left, *choices, out[done:])
+            if done == block.size:
+                leave(self.prunings, left)
+                return True
+            run = out[done : done + direct.CHUNK]
+            if not self._encode_run(block, packed, done, keys, left, run):
+                return False
+            done += run.size
+
+    def _encode_run(
+        self, block: Block, packed: Packed, done: int, keys: Array, left: Array, out: Array
+    ) -> bool:
+        """Elements of which only some ties are kept; False where one is not finite."""
+        import numpy as np
+
+        tiles = kernels.tiles
+        budget = np.where(left < 0, np.iinfo(np.int64).max, left)
+        row = block.scratch("run", (out.size,), np.float32)
+        tiles.elect_and_merge(
+            packed.bits,
+            packed.kind,
+            packed.start + done,
+            block.start + done,
+            np.array([(tiles.KEEP_FIRST, model) for model in range(3)]),
+            keys.view(np.float32).astype(np.float64),
+            np.zeros(3, np.uint64),
+            budget,
+            np.empty((0, 0), np.uint8),
+            np.array(self.ballots),
+            np.array(self.weights),
+            self.election,
+            self.tie_sign,
+            self.merge,
+            self.scale,
+            packed.special,
+            row,
+        )
+        left[left >= 0] = budget[left >= 0]
+        return not packed.special.any() and kernels.codecs.encode_bf16(row, out) == 0
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np

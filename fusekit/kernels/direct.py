@@ -1,0 +1,319 @@
+"""bfloat16 models without a decoded copy: what needs no pruning happens in registers.
+
+`bits` holds the operands' bits as they were read, (operands, any), the base last; the wanted
+elements begin at `start`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CHUNK = 1024
+"""Elements that are worked on together."""
+
+_GRANULE = 8192
+_LANES = 512
+_CHAIN = 8
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+OVERFLOW = 0x7F7F8000
+"""The smallest magnitude, as float32 bits, that no finite bfloat16 is nearest to."""
+
+
+@njit(nogil=True, cache=True)
+def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
+    """The weighted sum of at most four operands, encoded; the largest magnitude's bits."""
+    n = weights.size
+    largest = np.uint32(0)
+    first, a = bits[0, start:stop], weights[0]
+    if n == 1:
+        for i in range(out.size):
+            value = np.float32(a * np.float64(from_bf16(first[i])))
+            out[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        return int(largest)
+    second, b = bits[1, start:stop], weights[1]
+    if n == 2:
+        for i in range(out.size):
+            total = a * np.float64(from_bf16(first[i])) + b * np.float64(from_bf16(second[i]))
+            value = np.float32(total)
+            out[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        return int(largest)
+    third, c = bits[2, start:stop], weights[2]
+    if n == 3:
+        for i in range(out.size):
+            total = a * np.float64(from_bf16(first[i])) + b * np.float64(from_bf16(second[i]))
+            value = np.float32(total + c * np.float64(from_bf16(third[i])))
+            out[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        return int(largest)
+    fourth, d = bits[3, start:stop], weights[3]
+    for i in range(out.size):
+        total = a * np.float64(from_bf16(first[i])) + b * np.float64(from_bf16(second[i]))
+        total += c * np.float64(from_bf16(third[i]))
+        value = np.float32(total + d * np.float64(from_bf16(fourth[i])))
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+    return int(largest)
+
+
+@njit(nogil=True, cache=True)
+def _many(bits: Array, weights: Array, start: int, stop: int, total: Array, out: Array) -> int:
+    """The weighted sum of five operands or more, two at a time."""
+    n = weights.size
+    total[:] = 0.0
+    done = 0
+    while done + 1 < n:
+        left, right = bits[done, start:stop], bits[done + 1, start:stop]
+        a, b = weights[done], weights[done + 1]
+        for i in range(out.size):
+            total[i] += a * np.float64(from_bf16(left[i]))
+            total[i] += b * np.float64(from_bf16(right[i]))
+        done += 2
+    if done < n:
+        left, a = bits[done, start:stop], weights[done]
+        for i in range(out.size):
+            total[i] += a * np.float64(from_bf16(left[i]))
+    largest = np.uint32(0)
+    for i in range(out.size):
+        value = np.float32(total[i])
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+    return int(largest)
+
+
+@njit(nogil=True, cache=True)
+def weighted_sum(bits: Array, start: int, weights: Array, out: Array) -> bool:
+    """out = the bfloat16 nearest to sum_i weights[i] * bits[i], summed in float64.
+
+    Returns False where a result left the finite range or an operand has NaN or infinite entries:
+    `out` is then not to be used.
+    """
+    totals = np.empty(CHUNK, np.float64)
+    for begin in range(0, out.size, CHUNK):
+        part = out[begin : begin + CHUNK]
+        first = start + begin
+        stop = first + part.size
+        if weights.size <= 4:
+            largest = _few(bits, weights, first, stop, part)
+        else:
+            largest = _many(bits, weights, first, stop, totals[: part.size], part)
+        if largest >= OVERFLOW:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _pair(left: Array, right: Array, base: Array, deltas: bool, chains: Array) -> None:
+    """chains += products left left, left right and right right, entry by entry."""
+    first, mixed, second = chains[0], chains[1], chains[2]
+    if deltas:
+        for i in range(left.size):
+            origin = from_bf16(base[i])
+            p, q = from_bf16(left[i]) - origin, from_bf16(right[i]) - origin
+            first[i] += p * p
+            mixed[i] += p * q
+            second[i] += q * q
+    else:
+        for i in range(left.size):
+            p, q = from_bf16(left[i]), from_bf16(right[i])
+            first[i] += p * p
+            mixed[i] += p * q
+            second[i] += q * q
+
+
+@njit(nogil=True, cache=True)
+def _folded(lane: Array) -> float:
+    """The sum of a power of two of entries, the upper half added to the lower again and again."""
+    half = lane.size
+    while half > 1:
+        half //= 2
+        lower, upper = lane[:half], lane[half : 2 * half]
+        for i in range(half):
+            lower[i] += upper[i]
+    return float(lane[0])
+
+
+@njit(nogil=True, cache=True)
+def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array) -> None:
+    """Inner products of two models, or of their task vectors, per granule: (granules, 3).
+
+    Products of bfloat16 are exact in float32; eight at most are summed before float64 takes over,
+    in 512 lanes.
+    """
+    chains = np.empty((3, _LANES), np.float32)
+    lanes = np.empty((3, _LANES), np.float64)
+    for granule in range(out.shape[0]):
+        begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
+        lanes[:] = 0.0
+        chains[:] = np.float32(0)
+        links = 0
+        for at in range(begin, end, _LANES):
+            a, b = start + at, start + min(at + _LANES, end)
+            _pair(bits[0, a:b], bits[1, a:b], bits[bits.shape[0] - 1, a:b], deltas, chains)
+            links += 1
+            if links == _CHAIN or b - start == end:
+                for j in range(3):
+                    chain, lane = chains[j], lanes[j]
+                    for i in range(_LANES):
+                        lane[i] += np.float64(chain[i])
+                        chain[i] = np.float32(0)
+                links = 0
+        for j in range(3):
+            out[granule, j] = _folded(lanes[j])
+
+
+@njit(nogil=True, cache=True)
+def _all_finite(bits: Array, start: int, stop: int) -> bool:
+    """Whether no operand has a NaN or infinite entry."""
+    largest = np.uint16(0)
+    for r in range(bits.shape[0]):
+        row = bits[r, start:stop]
+        for i in range(row.size):
+            largest = max(largest, np.uint16(row[i] & np.uint16(0x7FFF)))
+    return int(largest) < 0x7F80
+
+
+@njit(nogil=True, cache=True)
+def count_brackets(
+    bits: Array, start: int, size: int, brackets: Array, bins: Array, above: Array
+) -> int:
+    """`order.count_brackets` of the magnitudes of task vectors.
+
+    Returns how many elements are done: fewer than asked for where the next 1024 have an entry that
+    is not finite.
+    """
+    marks = np.zeros(CHUNK, np.uint8)
+    eights = marks.view(np.uint64)
+    keys = np.empty(CHUNK, np.uint32)
+    for done in range(0, size, CHUNK):
+        begin = start + done
+        stop = min(begin + CHUNK, start + size)
+        if not _all_finite(bits, begin, stop):
+            return done
+        base = bits[bits.shape[0] - 1, begin:stop]
+        if base.size < CHUNK:
+            marks[:] = 0
+        for k in range(brackets.shape[0]):
+            model = bits[brackets[k, 0], begin:stop]
+            low, high, shift = brackets[k, 1], brackets[k, 2], brackets[k, 3]
+            width = np.uint32(high - low)
+            over = np.uint32(0)
+            for i in range(model.size):
+                delta = from_bf16(model[i]) - from_bf16(base[i])
+                key = np.uint32(as_bits(delta) & _MAGNITUDE)
+                over += np.uint32(key > high)
+                marks[i] = np.uint8(np.uint32(key - low) <= width)
+                keys[i] = key
+            above[k] += int(over)
+            first = bins[brackets[k, 4] :]
+            for eight in range(eights.size):
+                if eights[eight]:
+                    for i in range(8 * eight, 8 * eight + 8):
+                        if marks[i]:
+                            first[np.uint32(keys[i] - low) >> shift] += 1
+    return size
+
+
+@njit(nogil=True, cache=True)
+def _count_equal(model: Array, base: Array, key: np.uint32) -> int:
+    """How many entries of a task vector have the magnitude whose bits are `key`."""
+    count = np.uint32(0)
+    for i in range(model.size):
+        delta = from_bf16(model[i]) - from_bf16(base[i])
+        count += np.uint32(np.uint32(as_bits(delta) & _MAGNITUDE) == key)
+    return int(count)
+
+
+@njit(nogil=True, cache=True)
+def _least_kept(model: Array, base: Array, key: np.uint32, left: int) -> tuple[np.uint32, int]:
+    """(bits of the smallest magnitude to keep, how many of `left` ties that uses up).
+
+    The largest bits stand for a run in which only some ties are to be kept.
+    """
+    if left <= 0:
+        return np.uint32(key + np.uint32(1)), 0
+    equal = _count_equal(model, base, key)
+    if equal > left:
+        return _MAGNITUDE, 0
+    return key, equal
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def elect_of_three(
+    bits: Array,
+    start: int,
+    keys: Array,
+    left: Array,
+    ballots: Array,
+    weights: Array,
+    divide: bool,
+    scale: float,
+    out: Array,
+) -> int:
+    """Sign election by mass and merging of trimmed task vectors, encoded, in one sweep.
+
+    Args:
+        bits: (4, any): three models and their base.
+        keys: (3,) uint32, the bits of each model's trimming threshold; 0 keeps everything.
+        left: (3,) how many entries equal to the threshold are kept, from the first on; counted
+            down. Negative: all.
+        ballots, weights: (3,) of the votes (summed in float64) and of the merge.
+        divide: by the weights of the entries that agree.
+        scale: of the merged task vector.
+
+    Returns:
+        how many elements are done: fewer than asked for where the next 1024 are to be merged
+        otherwise, because only some of their ties are kept or a value is not finite.
+    """
+    a, b, c = ballots[0], ballots[1], ballots[2]
+    u, v, w = np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2])
+    one, zero, factor = np.float32(1), np.float32(0), np.float32(scale)
+    least = np.empty(3, np.uint32)
+    used = np.empty(3, np.int64)
+    for begin in range(0, out.size, CHUNK):
+        part = out[begin : begin + CHUNK]
+        at = start + begin
+        stop = at + part.size
+        base = bits[3, at:stop]
+        for r in range(3):
+            if left[r] < 0:
+                least[r], used[r] = keys[r], 0
+            else:
+                least[r], used[r] = _least_kept(bits[r, at:stop], base, keys[r], left[r])
+        if least[0] == _MAGNITUDE or least[1] == _MAGNITUDE or least[2] == _MAGNITUDE:
+            return begin
+        first, second, third = bits[0, at:stop], bits[1, at:stop], bits[2, at:stop]
+        j, k, m = least[0], least[1], least[2]
+        largest = np.uint32(0)
+        for i in range(part.size):
+            origin = from_bf16(base[i])
+            x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
+            z = from_bf16(third[i]) - origin
+            x = x if np.uint32(as_bits(x) & _MAGNITUDE) >= j else zero
+            y = y if np.uint32(as_bits(y) & _MAGNITUDE) >= k else zero
+            z = z if np.uint32(as_bits(z) & _MAGNITUDE) >= m else zero
+            vote = (a * np.float64(x) + b * np.float64(y)) + c * np.float64(z)
+            sign = -one if vote < 0.0 else one
+            x, y, z = u * x, v * y, w * z
+            agrees, too, as_well = x * sign > zero, y * sign > zero, z * sign > zero
+            merged = ((x if agrees else zero) + (y if too else zero)) + (z if as_well else zero)
+            if divide:
+                kept = ((u if agrees else zero) + (v if too else zero)) + (w if as_well else zero)
+                merged = merged / (kept if kept != zero else one)
+            value = origin + factor * merged
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= OVERFLOW:
+            return begin
+        for r in range(3):
+            left[r] -= used[r]
+    return int(out.size)

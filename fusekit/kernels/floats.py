@@ -1,0 +1,47 @@
+"""Floats as bits inside a kernel: what lets a loop decode, compute and encode in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+
+def _as_float32(typingctx: Any, bits: Any) -> Any:
+    """The float32 that these 32 bits are."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.FloatType())
+
+    return types.float32(types.uint32), build
+
+
+def _as_bits(typingctx: Any, value: Any) -> Any:
+    """The 32 bits of a float32."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(arguments[0], ir.IntType(32))
+
+    return types.uint32(types.float32), build
+
+
+as_float32: Any = intrinsic(_as_float32)
+as_bits: Any = intrinsic(_as_bits)
+
+
+@njit(nogil=True, cache=True)
+def from_bf16(bits: np.uint16) -> np.float32:
+    """A bfloat16's value."""
+    value: np.float32 = as_float32(np.uint32(np.uint32(bits) << np.uint32(16)))
+    return value
+
+
+@njit(nogil=True, cache=True)
+def to_bf16(value: np.float32) -> np.uint16:
+    """The nearest bfloat16, ties to even; for finite values only."""
+    bits = as_bits(value)
+    odd = (bits >> np.uint32(16)) & np.uint32(1)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))

@@ -1,0 +1,139 @@
+"""bfloat16 straight from its bits: the same as decoding, computing in float64 and encoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numba import njit
+
+from fusekit.kernels import direct, elect, floats, gram, order
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SIZES = [1, 511, 1024, 1025, 8192, 20_000]
+
+
+def operands(count: int, size: int, seed: int = 0, offset: int = 3) -> tuple[Array, Array]:
+    """(operands, size) float32 values and, behind `offset` other elements, their bits."""
+    values = np.random.default_rng(seed).standard_normal((count, size)).astype(ml_dtypes.bfloat16)
+    bits = np.zeros((count, size + offset), np.uint16)
+    bits[:, offset:] = values.view(np.uint16)
+    return values.astype(np.float32), bits
+
+
+@njit
+def _through_bf16(values: Array, bits: Array, back: Array) -> None:
+    for i in range(values.size):
+        bits[i] = floats.to_bf16(values[i])
+        back[i] = floats.from_bf16(bits[i])
+
+
+def test_a_value_is_rounded_to_the_nearest_bfloat16() -> None:
+    values = np.random.default_rng(1).standard_normal(5000).astype(np.float32)
+    values[:3] = [1.0 + 2.0**-8, 1.0 + 3 * 2.0**-8, -0.0]  # ties to even, and a sign
+    bits, back = np.empty(5000, np.uint16), np.empty(5000, np.float32)
+    _through_bf16(values, bits, back)
+    np.testing.assert_array_equal(bits, values.astype(ml_dtypes.bfloat16).view(np.uint16))
+    np.testing.assert_array_equal(back, values.astype(ml_dtypes.bfloat16).astype(np.float32))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 6, 9])
+def test_a_weighted_sum_is_rounded_once(count: int, size: int) -> None:
+    values, bits = operands(count, size)
+    weights = np.random.default_rng(2).standard_normal(count)
+    out = np.empty(size, np.uint16)
+    assert direct.weighted_sum(bits, 3, weights, out)
+    expected = (weights[:, None] * values.astype(np.float64)).sum(axis=0).astype(np.float32)
+    found = out.view(ml_dtypes.bfloat16)
+    agree = found == expected.astype(ml_dtypes.bfloat16)
+    assert np.count_nonzero(~agree) <= 1e-4 * size  # the order of summation shows at a tie
+    np.testing.assert_allclose(found.astype(np.float32), expected, rtol=2**-8, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+@pytest.mark.parametrize("count", [2, 6])
+def test_a_sum_beyond_the_finite_range_is_declined(count: int, bad: float) -> None:
+    values, bits = operands(count, 3000, offset=0)
+    values[1, 2900] = bad
+    bits[1] = values[1].astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert not direct.weighted_sum(bits, 0, np.full(count, 2.0), np.empty(3000, np.uint16))
+
+
+@pytest.mark.parametrize("deltas", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_inner_products_of_two(size: int, deltas: bool) -> None:
+    values, bits = operands(3, size, seed=5)
+    rows = values[:2] - values[2] if deltas else values[:2]
+    out, expected = np.empty((-(-size // 8192), 3)), np.empty((-(-size // 8192), 3))
+    direct.products_of_two(bits if deltas else bits[:2], 3, size, deltas, out)
+    gram.gram(np.ascontiguousarray(rows), expected)
+    np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * size**0.5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_magnitudes_are_counted_in_brackets(size: int) -> None:
+    values, bits = operands(3, size, seed=6)
+    keys = np.abs(values[:2] - values[2]).view(np.uint32)
+    low = int(np.quantile(keys, 0.3))
+    high = int(np.quantile(keys, 0.6))
+    shift = 12
+    width = ((high - low) >> shift) + 1
+    brackets = np.array([[0, low, high, shift, 0], [1, low, high, shift, width]], np.uint32)
+    bins, above = np.zeros(2 * width, np.int32), np.zeros(2, np.int64)
+    expected_bins, expected_above = bins.copy(), above.copy()
+    assert direct.count_brackets(bits, 3, size, brackets, bins, above) == size
+    order.count_brackets(keys, brackets, expected_bins, expected_above)
+    np.testing.assert_array_equal(bins, expected_bins)
+    np.testing.assert_array_equal(above, expected_above)
+    assert bins.sum() > 0 or size < 100
+
+
+def test_counting_stops_before_what_is_not_finite() -> None:
+    _, bits = operands(3, 5000, offset=0)
+    bits[1, 3500] = 0x7FC0
+    brackets = np.array([[0, 0, 0x7F7FFFFF, 20, 0]], np.uint32)
+    bins, above = np.zeros(1 << 12, np.int32), np.zeros(1, np.int64)
+    assert direct.count_brackets(bits, 0, 5000, brackets, bins, above) == 3072
+    assert bins.sum() == 3072
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_election_of_three(size: int, divide: bool) -> None:
+    values, bits = operands(4, size, seed=8)
+    deltas, base = values[:3] - values[3], values[3]
+    thresholds = np.array([0.5, 0.0, 1.0], np.float32)
+    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
+    out = np.empty(size, np.uint16)
+    left = np.full(3, -1)
+    done = direct.elect_of_three(
+        bits, 3, thresholds.view(np.uint32), left, ballots, weights, divide, 0.7, out
+    )
+    assert done == size
+    trimmed = np.where(np.abs(deltas) >= thresholds[:, None], deltas, np.float32(0))
+    merge = elect.MEAN if divide else elect.SUM
+    expected = np.empty(size, np.float32)
+    work = np.empty((3, elect.CHUNK), np.float32)
+    elect.elect_and_merge(trimmed, ballots, weights, 0, 1, merge, base, 0.7, work, expected)
+    np.testing.assert_array_equal(out, expected.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_an_election_stops_where_ties_are_split() -> None:
+    size = 4096
+    bits = np.zeros((4, size), np.uint16)
+    bits[:3] = np.float32(1.0).astype(ml_dtypes.bfloat16).view(np.uint16)
+    keys = np.full(3, np.float32(1.0).view(np.uint32))
+    left = np.array([1500, 5000, 5000])
+    out = np.zeros(size, np.uint16)
+    done = direct.elect_of_three(bits, 0, keys, left, np.ones(3), np.ones(3), True, 1.0, out)
+    assert done == 1024
+    np.testing.assert_array_equal(left, [476, 3976, 3976])
+    left = np.array([1024, 5000, 0])
+    done = direct.elect_of_three(bits, 0, keys, left, np.ones(3), np.ones(3), False, 1.0, out)
+    assert done == size
+    found = out.view(ml_dtypes.bfloat16).astype(np.float32)
+    np.testing.assert_array_equal(found, np.repeat([2.0, 1.0], [1024, 3072]))
