@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -107,7 +107,9 @@ def _load_libraries() -> None:
 
     import fusekit.engine.run  # noqa: F401
     from fusekit import kernels
+    from fusekit.methods import available
 
+    available()
     row = np.zeros((1, 1), np.float32)
     kernels.stitch.mean_of_kept(row, row[0], np.empty_like(row[0]))  # starts Numba
 
@@ -126,10 +128,13 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 def _measure(recipe: Mapping[str, Any], out: Path, threads: int | None) -> Cost:
     before = _resident_bytes()
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder:
+        seconds = _merge(recipe, Path(folder) / out.name, threads)
+        if seconds >= REHEARSED_SECONDS:
+            for made in Path(folder).iterdir():
+                made.rename(out.parent / made.name)
+            return Cost(seconds, _peak_bytes() - before)
     seconds = _merge(recipe, out, threads)
-    if seconds < REHEARSED_SECONDS:
-        shutil.rmtree(out)
-        seconds = _merge(recipe, out, threads)
     return Cost(seconds, _peak_bytes() - before)
 
 

@@ -117,11 +117,10 @@ def _run_methods(
         tries = candidates(method, budget, cells.seed)
         try:
             found.append(_reported(cells, method, "default", tries[0]))
+            if len(tries) > 1:
+                found.append(_tuned(cells, method, tries))
         except FusekitError as error:
             failed[method.name] = str(error)
-            continue
-        if len(tries) > 1:
-            found.append(_tuned(cells, method, tries))
     return found, failed
 
 

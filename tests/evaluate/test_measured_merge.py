@@ -39,6 +39,15 @@ def test_the_merge_is_the_ordinary_one_and_start_up_does_not_count(
         assert 0 < cost.peak_bytes < 200e6
 
 
+def test_what_a_merge_leaves_beside_its_folder_is_left_once(
+    merges: MeasuredMerges, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch")
+    merges.merge(recipe(merge_method="opcm", parameters={}), tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+    assert all(path.name.startswith("merged") for path in tmp_path.iterdir())
+
+
 def test_refusals_come_back_and_the_worker_goes_on(merges: MeasuredMerges, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="density"):
         merges.merge(recipe(parameters={"density": 7.0}), tmp_path / "refused")
