@@ -32,7 +32,10 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     " (did you mean 'density'?)"
     """
     known = sorted(choices)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    plain = {choice.lower(): choice for choice in reversed(known)}
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6) or [
+        plain[close] for close in difflib.get_close_matches(word.lower(), plain, n=1, cutoff=0.6)
+    ]
     if near:
         return f" (did you mean {near[0]!r}?)"
     return f" (known: {', '.join(known)})" if known else ""

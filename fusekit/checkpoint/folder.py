@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import json
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,6 +45,9 @@ COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".ti
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 """Of several weight files or indexes, the one with the first of these names is the model."""
+
+_MOST_LISTED = 1000
+"""Names beside a missing one among which a similar one is looked for."""
 
 _PICKLES = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "model.bin")
 
@@ -171,9 +177,13 @@ def _adapter_folder(
 ) -> Path:
     path = _existing(adapter, relative_to)
     if path is None:
+        looked = _missing(adapter, relative_to, "adapter")
         if not is_hub_reference(adapter):
-            raise _missing(adapter, relative_to)
-        return resolve_hub(adapter, revision).folder
+            raise looked
+        try:
+            return resolve_hub(adapter, revision).folder
+        except CheckpointError as error:
+            raise CheckpointError(f"{looked}; {error}") from None
     if revision is not None:
         raise CheckpointError(
             f"model {reference!r}: {path} is on this disk and has no revision {revision!r}"
@@ -196,9 +206,20 @@ def _existing(reference: str, relative_to: Path | None) -> Path | None:
     return next((path for path in _candidates(reference, relative_to) if exists(path)), None)
 
 
-def _missing(reference: str, relative_to: Path | None) -> CheckpointError:
-    looked = " or ".join(str(path.absolute()) for path in _candidates(reference, relative_to))
-    return CheckpointError(f"model {reference!r}: no such file or folder (looked at {looked})")
+def _missing(reference: str, relative_to: Path | None, what: str = "model") -> CheckpointError:
+    looked = list(dict.fromkeys(path.absolute() for path in _candidates(reference, relative_to)))
+    beside = [
+        path.name
+        for place in looked
+        if place.parent.is_dir() and os.access(place.parent, os.R_OK)
+        for path in itertools.islice(place.parent.iterdir(), _MOST_LISTED)
+    ]
+    near = difflib.get_close_matches(looked[0].name, beside, n=1, cutoff=0.6)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return CheckpointError(
+        f"{what} {reference!r}: no such file or folder (looked at {' or '.join(map(str, looked))})"
+        f"{hint}"
+    )
 
 
 def _open_path(reference: str, path: Path) -> Checkpoint:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
+from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.operands import Operands, Slice
 from fusekit.engine.plan import TensorRef
@@ -231,7 +232,10 @@ class Matcher:
             raise CheckpointError(
                 f"{self._checkpoints[sources[i]].source.label}: tensor {name!r} of "
                 f"{operands[0].model} is missing"
-                + (did_you_mean(name, theirs) if len(theirs) < 2000 else "")
+                + (
+                    self._depth_hint(name, sources[0], sources[i])
+                    or (did_you_mean(name, theirs) if len(theirs) < 2000 else "")
+                )
                 + self._tie_hint(name, sources, found)
             )
         if self._missing == "base":
@@ -251,6 +255,22 @@ class Matcher:
                 f"{self._method.name} merges at least {self._method.min_models}"
             )
         return found, sources
+
+    def _depth_hint(self, name: str, holder: int, lacking: int) -> str:
+        """That a model has fewer layers, where that is why it lacks a tensor."""
+        here, there = (infer_layers(self._tensors[source]) for source in (holder, lacking))
+        layer = here.get(name)
+        if layer is None:
+            return ""
+        depth = max(
+            (one.depth for one in there.values() if one and one.stack == layer.stack), default=0
+        )
+        if not 0 < depth < layer.depth:
+            return ""
+        return (
+            f": {self._checkpoints[lacking].reference} has {depth} layers, "
+            f"{self._checkpoints[holder].reference} {layer.depth}; choose among them with slices"
+        )
 
     def _tie_hint(self, name: str, sources: list[int], found: list[str | None]) -> str:
         """Why a missing head could not be taken from the embedding."""

@@ -16,6 +16,7 @@ from fusekit.checkpoint.layers import Layer, infer_layers
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.chat_template import with_chat_template
+from fusekit.engine.filters import idle_filters
 from fusekit.engine.matching import Matched, Matcher, head_notes
 from fusekit.engine.measurements import check_statistics
 from fusekit.engine.operands import Operands, choose_operands
@@ -168,6 +169,7 @@ def plan_checkpoints(
                     *operands.notes,
                     *vocabulary.notes,
                     *matcher.notes(),
+                    *idle_filters(operands, opened, [tensor.info.name for tensor in matched]),
                     *head_notes(operands, opened, [tensor.info for tensor in matched]),
                     *stack_notes(stacks, structures),
                 ]

@@ -71,7 +71,7 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
         if _expanded(document, {}) > MAX_NODES:
             raise RecipeError(f"{path}: aliases expand the recipe to more than {MAX_NODES} values")
         if not isinstance(document, dict):
-            found = type(document).__name__
+            found = "nothing" if document is None else type(document).__name__
             raise RecipeError(
                 f"{path}: expected a mapping with merge_method and models, found {found}"
             )

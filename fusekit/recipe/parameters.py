@@ -42,6 +42,11 @@ class Setting:
         return False, None
 
     @property
+    def filters(self) -> list[str]:
+        """The texts that tensors are told apart by."""
+        return [pattern for pattern, _ in self.entries if pattern is not None]
+
+    @property
     def is_constant(self) -> bool:
         """Whether the value is the same for every tensor."""
         pattern, value = self.entries[0]
@@ -108,6 +113,11 @@ def _read_setting(raw: Any, parameter: Parameter, place: str) -> Setting:
 
 
 def _read_value(raw: Any, parameter: Parameter, place: str) -> Any:
+    if isinstance(raw, Mapping):
+        raise RecipeError(
+            f"{place}: found {dict(raw)!r}, expected {parameter.describe_range()} or a list of "
+            "{filter, value}"
+        )
     if isinstance(raw, list):
         if parameter.kind != "float" or not raw:
             expected = parameter.describe_range()

@@ -315,11 +315,18 @@ def _holds_key(content: Any, key: str) -> bool:
 
 
 def _first_problem(error: ValidationError) -> str:
-    """The first validation problem as a sentence with its place in the recipe."""
-    problem = error.errors()[0]
+    """The first validation problem as a sentence with its place in the recipe.
+
+    What is missing may only be misspelt, so unknown keys come first.
+    """
+    problems = error.errors()
+    unknown = [each for each in problems if each["type"] == "extra_forbidden"]
+    problem = (unknown if unknown and problems[0]["type"] == "missing" else problems)[0]
     place = _place(problem["loc"])
     if problem["type"] == "extra_forbidden":
         key = str(problem["loc"][-1])
+        if key in {"model", "layer_range"} and "slices" in problem["loc"]:
+            return f"unknown key {place!r}: it stands in an entry of the slice's sources"
         return f"unknown key {place!r}{did_you_mean(key, _keys_at(problem['loc'][:-1]))}"
     if problem["type"] == "missing":
         return f"{place} is missing"

@@ -194,7 +194,7 @@ def test_a_parameter_of_another_method_lists_the_known_ones() -> None:
         ("1", "'1'", "a number"),
         (None, "None", "a number"),
         ([], "[]", "a number"),
-        ({"value": 1}, "{'value': 1}", "a number"),
+        ({"value": 1}, "{'value': 1}", "a number or a list of {filter, value}"),
     ],
 )
 def test_what_is_no_number(value: Any, found: str, expected: str) -> None:

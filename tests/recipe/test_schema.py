@@ -117,7 +117,7 @@ def test_required_keys(key: str) -> None:
 
 
 BAD_TEXT = {
-    "empty": (b"", ": expected a mapping with merge_method and models, found NoneType"),
+    "empty": (b"", ": expected a mapping with merge_method and models, found nothing"),
     "a list": (b"- merge_method: linear", ": expected a mapping"),
     "a word": (b"linear", ": expected a mapping with merge_method and models, found str"),
     "open bracket": (b"merge_method: linear\nmodels: [", ", line 2: not valid YAML"),

@@ -1,0 +1,89 @@
+"""What people get wrong in recipes, and the one sentence that tells them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fusekit
+from fusekit import FusekitError
+from fusekit.errors import did_you_mean
+from tests.engine.support import write_model
+
+WRONG = {
+    "a misspelt required key": (
+        "merge_methd: linear\nmodels: [{model: ft1}]",
+        "unknown key 'merge_methd' (did you mean 'merge_method'?)",
+    ),
+    "a method in capitals": (
+        "merge_method: LINEAR\nmodels: [{model: ft1}]",
+        "unknown merge_method 'LINEAR' (did you mean 'linear'?)",
+    ),
+    "a model as a key": (
+        "merge_method: linear\nmodels: [{ft1: {weight: 1}}]",
+        "unknown key 'models[0].ft1' (known: model, parameters)",
+    ),
+    "a slice without sources": (
+        "merge_method: passthrough\nslices: [{model: ft1, layer_range: [0, 2]}]",
+        "unknown key 'slices[0].model': it stands in an entry of the slice's sources",
+    ),
+    "one filter without a list": (
+        "merge_method: linear\nmodels: [{model: ft1}]\nparameters: {weight: {filter: x, value: 1}}",
+        "parameters.weight: found {'filter': 'x', 'value': 1}, expected a number or a list of "
+        "{filter, value}",
+    ),
+    "an empty file": ("# nothing yet\n", "with merge_method and models, found nothing"),
+    "a misspelt folder": (
+        "merge_method: linear\nmodels: [{model: ./ft11}]",
+        "ft11) (did you mean 'ft1'?)",
+    ),
+    "a missing adapter": (
+        "merge_method: linear\nmodels: [{model: ft1+./adaptr}]",
+        "adapter './adaptr': no such file or folder (looked at ",
+    ),
+    "models of different depth": (
+        "merge_method: linear\nmodels: [{model: ft1}, {model: flat}]\nparameters: {weight: 1}",
+        "tensor 'model.layers.1.w' of ft1 is missing: flat has 1 layers, ft1 2; choose among them "
+        "with slices",
+    ),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, layers in (("ft1", 2), ("flat", 1)):
+        tensors = {f"model.layers.{i}.w": np.ones(2, np.float32) for i in range(layers)}
+        write_model(tmp_path / name, {**tensors, "model.norm.weight": np.ones(2, np.float32)}, {})
+    return tmp_path
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_it_is_named_in_one_sentence(what: str, folder: Path) -> None:
+    text, expected = WRONG[what]
+    (folder / "recipe.yml").write_text(text)
+    with pytest.raises(FusekitError) as caught:
+        fusekit.plan(folder / "recipe.yml")
+    message = str(caught.value)
+    assert expected in message
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("pattern", "told"), [("nrom", True), ("layers.1", False), ("*", False)])
+def test_a_filter_that_no_name_has_in_it_is_told(folder: Path, pattern: str, told: bool) -> None:
+    weight = [{"filter": pattern, "value": 0.5}, {"value": 1.0}]
+    models = [{"model": str(folder / "ft1"), "parameters": {"weight": weight}}]
+    with_filter = {"merge_method": "linear", "models": models}
+    plan = fusekit.plan(with_filter)
+    plan.close()
+    wanted = ("the filter 'nrom' of weight is in no tensor's name (did you mean 'norm'?)",)
+    assert plan.warnings == (wanted if told else ())
+
+
+def test_near_words_are_found_whatever_their_case() -> None:
+    assert did_you_mean("density", ["Density"]) == " (did you mean 'Density'?)"
+    assert did_you_mean("TOKENIZER_SOURCE", ["tokenizer_source", "tokenizer"]) == (
+        " (did you mean 'tokenizer_source'?)"
+    )
