@@ -7,6 +7,7 @@ import functools
 import json
 import resource
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,10 +22,11 @@ from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, check_target
+from fusekit.engine.companions import as_json, companions
 from fusekit.engine.executor import Execution, NonFinite
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
 from fusekit.engine.manifest import MANIFEST, manifest
-from fusekit.engine.matrices import execute
+from fusekit.engine.matrices import check_device, execute
 from fusekit.engine.model_card import CARD, model_card
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.plan import Plan
@@ -265,6 +267,7 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a plan into a new folder; arguments as of `merge`."""
     begun, cpu = time.monotonic(), time.process_time()
+    check_device(plan, device)
     writer, journal = _open_output(plan, target, resume)
     resumed = len(journal.checksums)
     try:
@@ -288,7 +291,7 @@ def run_plan(
         peak_rss=_peak_rss(),
         nonfinite=tuple(execution.nonfinite),
         overflows=execution.overflows,
-        warnings=plan.warnings,
+        warnings=(*plan.warnings, *execution.remarks),
     )
 
 
@@ -355,7 +358,7 @@ def _check_inputs_unchanged(plan: Plan, folder: Path) -> None:
 
 def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     """Everything beside the weights, then the rename that makes the output exist."""
-    for name, content in _companions(plan).items():
+    for name, content in companions(plan).items():
         writer.add_file(name, content)
     writer.add_file(CARD, model_card(plan).encode())
     for name, index in plan.layout.indexes().items():
@@ -365,30 +368,10 @@ def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
         if plan.layout.side is not None:
             side = SafetensorsFile(writer.folder / plan.layout.side.file_name)
             stack.callback(side.close)
-        writer.add_file(MANIFEST, _json(manifest(plan, journal.checksums, side)))
+        writer.add_file(MANIFEST, as_json(manifest(plan, journal.checksums, side)))
     journal.sync()
     writer.discard_file(JOURNAL)
     writer.publish()
-
-
-def _companions(plan: Plan) -> dict[str, bytes]:
-    """Config, tokenizer and whatever else makes the weights a usable model."""
-    files: dict[str, bytes | None] = {}
-    if plan.config_from is not None:
-        model = plan.checkpoints[plan.config_from]
-        files = {
-            path.relative_to(model.folder).as_posix(): path.read_bytes()
-            for path in model.companions()
-            if model.folder is not None
-        }
-    files.update(plan.files)
-    if plan.config is not None:
-        files["config.json"] = _json(plan.config)
-    return {name: content for name, content in files.items() if content is not None}
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextlib.contextmanager
@@ -469,6 +452,9 @@ def merge_state_dicts(
         device: where methods that merge whole matrices compute.
         allow_nonfinite: let NaN and Inf through instead of refusing them.
 
+    Warns:
+        UserWarning: what the method has to say of the models, such as a task that is lost.
+
     Returns:
         The merged `{name: array}`, arrays of the kind of the inputs.
 
@@ -533,7 +519,9 @@ def merge_state_dicts(
         recipe, merging, operands, checkpoints, masks=_flat_masks(masks, models)
     )
     sink = _MemorySink(plan)
-    execute(plan, sink, threads=threads, device=device, allow_nonfinite=allow_nonfinite)
+    done = execute(plan, sink, threads=threads, device=device, allow_nonfinite=allow_nonfinite)
+    for remark in done.remarks:
+        warnings.warn(remark, stacklevel=2)
     if any(is_torch(arrays) for arrays in models):
         return {name: to_torch(array) for name, array in sink.arrays.items()}
     return dict(sink.arrays)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.source import TensorInfo, TensorSource
+from fusekit.engine.companions import companions
 from fusekit.engine.manifest import MANIFEST, input_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import CheckpointError
@@ -19,6 +21,7 @@ class PlannedSource(TensorSource):
 
     def __init__(self, label: str, plan: Plan) -> None:
         self.label = label
+        self._layout = plan.layout
         self._tensors = {
             planned.name: TensorInfo(planned.name, planned.dtype, planned.shape)
             for planned in plan.tensors
@@ -31,12 +34,17 @@ class PlannedSource(TensorSource):
     def read_into(self, name: str, start: int, stop: int, out: memoryview) -> None:
         raise CheckpointError(f"{self.label}: tensor {name!r} is planned and not made yet")
 
+    def where(self, name: str) -> str:
+        return f"{self.label}/{self._layout.shard_of[name].file_name}"
+
 
 def planned_checkpoint(name: str, plan: Plan) -> Checkpoint:
-    """A stage before it is made, with the files of the model its config comes from."""
-    origin = None if plan.config_from is None else plan.checkpoints[plan.config_from]
-    folder = None if origin is None else origin.folder
-    temporary = None if origin is None else origin.temporary
+    """A stage before it is made: its tensors, and the small files it will have."""
+    temporary = tempfile.TemporaryDirectory(prefix="fusekit-")
+    folder = Path(temporary.name)
+    for file, content in companions(plan).items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
     return Checkpoint(name, PlannedSource(name, plan), folder, temporary)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,13 @@ class _RecipeLoader(yaml.SafeLoader):
                 )
             seen.add((key.tag, key.value))
         return super().construct_mapping(node, deep)
+
+
+_RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)  # YAML 1.1, unlike everybody else, takes 1e-5 for a text
 
 
 def _expanded(value: Any, known: dict[int, int]) -> int:

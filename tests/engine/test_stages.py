@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.numpy import load_file
 import fusekit
 from fusekit import RecipeError, load_recipe
 from tests.engine.support import write_model
+from tests.vectors import FOLDER
 
 TWO = """
 merge_method: linear
@@ -109,3 +111,47 @@ def test_stages_are_made_in_the_order_they_need_each_other(tmp_path: Path) -> No
     recipe = load_recipe(path)
     assert recipe.name == "z"
     assert [stage.name for stage in recipe.stages] == ["x", "y"]
+
+
+def test_a_result_brings_its_vocabulary_to_the_documents_it_feeds(tmp_path: Path) -> None:
+    """While planning, too, when its files are not made yet."""
+    inputs = FOLDER / "mergekit_e2e/inputs"
+    path = tmp_path / "recipe.yml"
+    path.write_text(
+        f"""
+name: both
+merge_method: linear
+models: [{{model: {inputs}/tok_a}}, {{model: {inputs}/tok_b}}]
+parameters: {{weight: 1.0}}
+tokenizer_source: union
+---
+merge_method: linear
+models: [{{model: {inputs}/tok_b}}, {{model: both}}]
+parameters: {{weight: 1.0}}
+tokenizer:
+  source: both
+  tokens: {{"<|im_start|>": {{source: both, force: true}}}}
+"""
+    )
+    with contextlib.closing(fusekit.plan(path)) as plan:
+        rows = plan.config["vocab_size"] if plan.config is not None else 0
+    fusekit.merge(path, tmp_path / "out", threads=1)
+    both = tmp_path / "out.stages/both/tokenizer.json"
+    assert (tmp_path / "out/tokenizer.json").read_bytes() == both.read_bytes()
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == rows
+
+
+def test_a_result_of_another_depth_is_counted_as_it_will_be(tmp_path: Path) -> None:
+    tensors = {f"model.layers.{i}.w": np.full(2, i, np.float32) for i in range(2)}
+    write_model(tmp_path / "a", tensors, {"num_hidden_layers": 2})
+    path = tmp_path / "recipe.yml"
+    twice = "[{model: a, layer_range: [0, 2]}]"
+    path.write_text(
+        f"name: deep\nmerge_method: passthrough\nslices: [{{sources: {twice}}}, "
+        f"{{sources: {twice}}}]\n---\nmerge_method: passthrough\n"
+        "slices: [{sources: [{model: deep, layer_range: [1, 4]}]}]\n"
+    )
+    with contextlib.closing(fusekit.plan(path)) as plan:
+        assert plan.config == {"num_hidden_layers": 3}
+    fusekit.merge(path, tmp_path / "out", threads=1)
+    assert json.loads((tmp_path / "out/config.json").read_text()) == {"num_hidden_layers": 3}

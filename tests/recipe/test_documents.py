@@ -36,3 +36,12 @@ def test_aliases_that_expand_without_bound_are_refused(tmp_path: Path) -> None:
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 12)]
     with pytest.raises(RecipeError, match="aliases expand"):
         read_documents(written(tmp_path, "\n".join(lines)))
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-5", 1e-5), ("-2E3", -2000.0), ("1.5e-3", 0.0015), ("'1e-5'", "1e-5"), ("1e5x", "1e5x")],
+)
+def test_numbers_with_an_exponent_are_numbers(tmp_path: Path, text: str, value: object) -> None:
+    (tmp_path / "r.yml").write_text(f"tol: {text}\n")
+    assert read_documents(tmp_path / "r.yml") == [{"tol": value}]
