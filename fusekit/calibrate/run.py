@@ -20,6 +20,7 @@ from fusekit.calibrate.hooks import KINDS, Capture, inputs_of, linear_modules
 from fusekit.calibrate.information import Estimator, Information
 from fusekit.calibrate.models import Batch, as_in_use, device_of, to_device
 from fusekit.checkpoint.statistics import save_statistics
+from fusekit.engine.device import torch_device
 from fusekit.errors import FusekitError, MissingExtraError
 
 STATISTICS = ("fisher", *KINDS)
@@ -229,6 +230,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any, bool]:
         import transformers
     except ModuleNotFoundError:
         raise MissingExtraError("calibrating a model folder", "torch") from None
+    place = torch_device(device, "calibrating a model folder")
     if not (folder / "config.json").is_file():
         raise FusekitError(f"{folder}: no config.json, expected the folder of a transformers model")
     try:
@@ -244,8 +246,5 @@ def _load(folder: Path, device: str) -> tuple[Any, Any, bool]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise FusekitError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    try:
-        return model.to(device), tokenizer, name.endswith(("ForCausalLM", "LMHeadModel"))
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FusekitError(f"device: {device!r} cannot be used: {reason}") from None
+    causal = name.endswith(("ForCausalLM", "LMHeadModel"))
+    return model.to(place), tokenizer, causal

@@ -18,10 +18,11 @@ import numpy as np
 from fusekit.engine import survey
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
 from fusekit.engine.checksum import ChunkDigests
+from fusekit.engine.device import torch_device
 from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
 from fusekit.engine.measurements import Measurements
 from fusekit.engine.plan import Plan, PlannedTensor
-from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
+from fusekit.errors import CheckpointError, FusekitError
 from fusekit.methods.base import Measured, Tensor
 
 if TYPE_CHECKING:
@@ -50,11 +51,9 @@ def execute(
         FusekitError: the device does not exist, or the method does not compute on one.
         CheckpointError: NaN or Inf, unreadable tensors, missing statistics.
     """
+    check_device(plan, device)
     whole = [p for p in plan.tensors if p.is_whole and p.name not in written]
     merger = WholeTensors(plan, sink, device, allow_nonfinite) if whole else None
-    if device != "cpu" and not any(p.is_whole for p in plan.tensors):
-        name = plan.tensors[0].method.name if plan.tensors else "this merge"
-        raise FusekitError(f"device: found {device!r}, but {name} merges in blocks on the CPU")
     execution = Executor(
         plan,
         sink,
@@ -87,7 +86,7 @@ class WholeTensors:
         self._sources = plan.sources
         self._sink = sink
         self._allow_nonfinite = allow_nonfinite
-        self._device = _device(plan, device)
+        self._device = device
         self._reading = Workspace(BLOCK_ELEMENTS)
         self._writing = Workspace(BLOCK_ELEMENTS)
         self._nonfinite: list[NonFinite] = []
@@ -229,20 +228,19 @@ class WholeTensors:
         self._sink.finished(planned.name, digests.hexdigest())
 
 
-def _device(plan: Plan, name: str) -> torch.device:
-    """The torch device of that name, once a small tensor has been there."""
-    method = next(planned.method for planned in plan.tensors if planned.is_whole)
-    try:
-        import torch
-    except ModuleNotFoundError:
-        raise MissingExtraError(f"{method.name}", "torch") from None
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise FusekitError(f"device: {name!r} cannot be used: {reason}") from None
-    return device
+def check_device(plan: Plan, name: str) -> None:
+    """Refuse a device that the plan has no use for, or that does not exist.
+
+    Raises:
+        MissingExtraError: whole tensors are asked for and torch is missing.
+        FusekitError: there is no such device, or the method does not compute on one.
+    """
+    whole = next((planned for planned in plan.tensors if planned.is_whole), None)
+    if whole is not None:
+        torch_device(name, whole.method.name)
+    elif name != "cpu":
+        method = plan.tensors[0].method.name if plan.tensors else "this merge"
+        raise FusekitError(f"device: found {name!r}, but {method} merges in blocks on the CPU")
 
 
 @contextlib.contextmanager

@@ -195,3 +195,5 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, texts: Path) -> None
         FusekitError, match=r"no config.json, expected the folder of a transformers"
     ):
         measure_folder(tmp_path, texts, out)
+    with pytest.raises(FusekitError, match=r"'cuda:99' cannot be used by PyTorch"):
+        measure_folder(tmp_path, texts, out, device="cuda:99")

@@ -263,10 +263,33 @@ def test_nan_is_refused_with_its_tensor_and_count() -> None:
         merge_state_dicts(rest, base=base, method="tsv")
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("xyz", r"found 'xyz', expected cpu, cuda or cuda:<number>"),
+        ("cuda:99", r"'cuda:99' cannot be used by PyTorch \S+: (it has|no CUDA device)"),
+        ("mps", r"'mps' cannot be used: .{10,120}$"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused(device: str, message: str, tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    import fusekit
+
+    for i, arrays in enumerate(models()):
+        save_file(arrays, tmp_path / f"m{i}.safetensors")
+    recipe: dict[str, Any] = {
+        "merge_method": "tsv",
+        "base_model": str(tmp_path / "m0.safetensors"),
+        "models": [{"model": str(tmp_path / f"m{i}.safetensors")} for i in (1, 2)],
+    }
+    with pytest.raises(FusekitError, match=message):
+        fusekit.merge(recipe, tmp_path / "out", device=device)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_methods_in_blocks_have_no_use_for_a_device() -> None:
     base, *rest = models()
-    with pytest.raises(FusekitError, match="device: 'xyz' cannot be used"):
-        merge_state_dicts(rest, base=base, method="tsv", device="xyz")
     with pytest.raises(FusekitError, match="task_arithmetic merges in blocks on the CPU"):
         merge_state_dicts(rest, base=base, method="task_arithmetic", device="cuda")
 
