@@ -31,7 +31,7 @@ from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError, RecipeError
 from fusekit.kernels import GRANULE
-from fusekit.methods.base import Block, Combine, Copy, Summary
+from fusekit.methods.base import Block, Combine, Copy, Remark, Summary
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -66,6 +66,8 @@ class Execution:
     bytes_written: int = 0
     nonfinite: list[NonFinite] = field(default_factory=list)
     overflows: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
+    """What methods had to say, with the tensors it is about."""
 
 
 class _Job:
@@ -81,6 +83,7 @@ class _Job:
         self.nonfinite = dict.fromkeys(planned.operand_indices(), 0)
         self.overflows = 0
         self.pending = 0
+        self.remarks: list[str] = []
         self.digests = ChunkDigests(planned.size)
         tensor = replace(planned.tensor, in_order=True) if resident else planned.tensor
         self.resident = resident
@@ -93,7 +96,11 @@ class _Job:
             self.combine = Copy(-1 if self.planned.base else 0)
             return
         try:
-            self.request = self._steps.send(result)
+            request = self._steps.send(result)
+            while isinstance(request, Remark):
+                self.remarks.append(request.text)
+                request = self._steps.send(None)
+            self.request = request
         except StopIteration as stop:
             self.combine = stop.value
 
@@ -187,6 +194,7 @@ class Executor:
             raise self._failure
         self._on_progress(self.execution.bytes_written)
         self.execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
+        self.execution.remarks = _with_tensors(self._jobs)
         return self.execution
 
     def _watch(self) -> None:
@@ -484,6 +492,18 @@ class Executor:
                 self.execution.overflows[job.planned.name] = job.overflows
             self._sink.finished(job.planned.name, job.digests.hexdigest())
             self._end(job)
+
+
+def _with_tensors(jobs: Iterable[_Job]) -> tuple[str, ...]:
+    """Each remark once, with the tensors it was made on."""
+    tensors: dict[str, list[str]] = {}
+    for job in jobs:
+        for text in job.remarks:
+            tensors.setdefault(text, []).append(job.planned.name)
+    return tuple(
+        f"{text} (tensor {names[0]!r}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
+        for text, names in tensors.items()
+    )
 
 
 class _Countdown:

@@ -252,6 +252,13 @@ class Summary(Request):
         return self
 
 
+@dataclass(frozen=True)
+class Remark(Summary):
+    """Something the user should be told: measures nothing, the rule goes on at once."""
+
+    text: str
+
+
 class Additive(Summary):
     """A vector of numbers that adds up over elements, tensors, layers and machines."""
 

@@ -14,6 +14,7 @@ from fusekit.methods.base import (
     Combine,
     Method,
     Parameter,
+    Remark,
     Scope,
     SidePart,
     SideTensor,
@@ -81,6 +82,9 @@ def _emr(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     scope: Scope = "tensor" if tensor["rescale"] == "per_tensor" else "model"
     sums = yield Magnitudes(tensor["rescale"] == "code", scope)
     own, kept = sums[: tensor.models].tolist(), sums[tensor.models :].tolist()
+    for task, (update, agreeing) in enumerate(zip(own, kept, strict=True)):
+        if update > 0.0 == agreeing:
+            yield Remark(f"task {task + 1} is lost: the others outvote every entry of its update")
     return Unify(tuple(a / b if b > 0 else 1.0 for a, b in zip(own, kept, strict=True)))
 
 

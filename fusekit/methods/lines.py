@@ -16,6 +16,7 @@ from fusekit.methods.base import (
     Copy,
     Measured,
     Method,
+    Remark,
     Scope,
     SidePart,
     Summary,
@@ -141,6 +142,8 @@ def scale_layers(method: Method, by: Schedule) -> Method:
         if alpha is None:
             summed, merged = yield UpdateNorms(combine, by.norm)
             alpha = summed / merged / tensor.models if merged > 0 else 0.0
+            if merged == 0:
+                yield Remark("layer_scaling: the merged update is zero, alpha: auto undefined")
         place = by.places[tensor.name]
         scale = place.factor * alpha + place.offset
         if scale == 1.0 or (isinstance(combine, Copy) and combine.model < 0):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import IndexedLinear, move
 from fusekit.methods.summaries import DeltaGram, Matrix, RowGram
 
@@ -43,6 +43,8 @@ def _model_stock(tensor: Tensor) -> Generator[Summary, Any, Combine]:
         return IndexedLinear(_row_weights(grams, n, clip), tensor.shape[-1])
     gram = yield DeltaGram(n)
     ratio = interpolation_ratio(mean_cosine(gram), n, clip)
+    if ratio < -0.01:
+        yield Remark("model_stock: task vectors point away from each other: t < 0; see clip")
     return move([ratio / n] * n, has_base=True)
 
 

@@ -17,6 +17,7 @@ from fusekit.methods.base import (
     Cumulative,
     OrderStatistics,
     OrderValue,
+    Remark,
     Request,
     Scope,
     Summary,
@@ -68,6 +69,9 @@ class RowPruning(Pruning):
     def thin(self, row: Array, block: Block) -> None:
         """Change the model's row in place."""
 
+
+LARGE_UPDATE = 0.03
+"""Mean magnitude of a task vector from which on dropping entries at random does harm."""
 
 Prunings = tuple[Pruning, ...]
 """Applied in order."""
@@ -520,6 +524,8 @@ def trim_two_sided(
     Where the two do not fit together the density wins; a density of 1 or more prunes nothing.
     """
     size = tensor.group_size
+    if any(g + d > 1.0 > d for g, d in zip(gammas, densities, strict=True)):
+        yield Remark("density + gamma exceeds 1: gamma gives way")
     counts = [survivors(density, size) for density in densities]
     tops = [min(int(gamma * size), size - c) for gamma, c in zip(gammas, counts, strict=True)]
     wanted = tuple(
@@ -595,6 +601,12 @@ def match_l1(tensor: Tensor, prunings: Prunings) -> Generator[Summary, Any, Prun
     if not prunings:
         return prunings
     whole, kept = yield PrunedSums(prunings)
+    for model in range(tensor.models):
+        if whole[model] > 0.0 == kept[model]:
+            yield Remark(f"pruning leaves nothing of the task vector of model {model + 1}")
+    at_random = any(isinstance(pruning, RandomDrop) for pruning in prunings)
+    if at_random and max(whole) > LARGE_UPDATE * tensor.size:
+        yield Remark("updates as large as these suffer from random drops even at density 0.9")
     return (*prunings, *l1_scales(whole.tolist(), kept.tolist()))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fusekit.methods.base import Copy, Parameter, Tensor
+from fusekit.methods.base import Copy, Parameter, Remark, Tensor
 from fusekit.methods.pruning import keep_most_varying
 from fusekit.methods.task_vectors import (
     ElectedMerge,
@@ -28,6 +28,8 @@ def _sce(tensor: Tensor) -> Merged:
     selected = yield from keep_most_varying(tensor, tensor["select_topk"])
     energies = yield SquaredNorms(selected)
     if not energies.any():
+        if tensor["select_topk"] < 1.0 and (yield SquaredNorms(())).any():
+            yield Remark("models that do not differ have no variance to select by: the base stays")
         return Copy(-1)
     weights = energy_weights(energies.tolist(), tensor.group_size, tensor["uniform_below"])
     merged = selected if tensor["variant"] == "paper" else ()

@@ -7,7 +7,7 @@ from collections.abc import Generator
 from typing import Any
 
 from fusekit.errors import RecipeError
-from fusekit.methods.base import Combine, Copy, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Copy, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
 
 
@@ -30,7 +30,10 @@ def _unival(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     if tensor["skip_keys"] is not None and _pattern(tensor["skip_keys"]).search(tensor.name):
         return Copy(0)
     uniform = 1.0 / tensor.models
-    return linear([uniform if weight is None else weight for weight in tensor.each("weight")])
+    weights = [uniform if weight is None else weight for weight in tensor.each("weight")]
+    if abs(sum(weights) - 1.0) > 1e-6:
+        yield Remark(f"unival: the weights sum to {sum(weights):g}, not to 1")
+    return linear(weights)
 
 
 def _pattern(text: str) -> re.Pattern[str]:

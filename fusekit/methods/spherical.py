@@ -11,7 +11,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from fusekit.errors import RecipeError
-from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import IndexedLinear, linear, move
 from fusekit.methods.summaries import ColumnGram, DeltaGram, Gram, Matrix, RowGram
 
@@ -125,6 +125,8 @@ def _karcher(tensor: Tensor) -> Steps:
             f"karcher: the weights of tensor {tensor.name!r} sum to {total:g}, expected more than 0"
         )
     shares = [share / total for share in shares]
+    if tensor.models == 2 and gram[0][1] <= (1e-12 - 1.0) * math.sqrt(gram[0][0] * gram[1][1]) < 0:
+        yield Remark("karcher: opposite directions have no mean: the first one is taken")
     return linear(karcher_weights(gram, shares, tensor["max_iter"], tensor["tol"]))
 
 

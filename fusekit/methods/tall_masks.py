@@ -12,6 +12,7 @@ from fusekit.methods.base import (
     Combine,
     Method,
     Parameter,
+    Remark,
     SidePart,
     SideTensor,
     Summary,
@@ -99,6 +100,10 @@ def _tall_masks(tensor: Tensor) -> Generator[Summary, Any, Combine]:
 
 
 def _consensus(tensor: Tensor) -> Generator[Summary, Any, Combine]:
+    if tensor["k"] > tensor.models:
+        yield Remark(
+            f"consensus: k {tensor['k']} exceeds the {tensor.models} models: the base stays"
+        )
     prunings = yield from _trim(tensor)
     ratios, ties = tuple(tensor.each("tall_lambda")), tensor["vector"] == "ties"
     return Consensus(prunings, ratios, ties, tensor["k"], tensor["alpha"])

@@ -18,6 +18,7 @@ from fusekit.methods.base import (
     Method,
     Packed,
     Parameter,
+    Remark,
     Rule,
     Scope,
     Summary,
@@ -229,11 +230,13 @@ def elect(tensor: Tensor, prunings: Prunings, weights: tuple[float, ...]) -> Mer
         ballots = tuple(
             b / norm if norm > 0 else 0.0 for b, norm in zip(ballots, norms.tolist(), strict=True)
         )
+    merge = tensor["merge"] or ("mean" if tensor["normalize"] else "sum")
+    if merge == "mean" and min(weights) < 0.0 < max(weights):
+        yield Remark("dividing by weights of both signs: the sum of those that agree may be near 0")
     tie_sign = 1
     if tensor["zero"] == "majority":
         balance = float((yield SignBalance(prunings, ballots, election))[0])
         tie_sign = (balance > 0) - (balance < 0)
-    merge = tensor["merge"] or ("mean" if tensor["normalize"] else "sum")
     return ElectedMerge(
         prunings, ballots, weights, election, tie_sign, _MERGES[merge], tensor["lambda"]
     )

@@ -17,6 +17,7 @@ from fusekit.methods.base import (
     Copy,
     Method,
     Parameter,
+    Remark,
     Scope,
     Sequential,
     Summary,
@@ -95,6 +96,8 @@ class SoftOrFixed(Combine):
 def _widen(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     if tensor["exclude"] is not None and _pattern(tensor["exclude"]).search(tensor.name):
         return Copy(-1)
+    if tensor.models > 3:
+        yield Remark("widen: with more than 3 models important columns overshoot: use a small s")
     if len(tensor.shape) < 2:
         sums = yield SumsOfMagnitudes()
         thresholds = tuple(tensor["t"] * total / tensor.size for total in sums.tolist())
