@@ -118,7 +118,10 @@ class Cells:
             began = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
                 merged = Path(folder) / "merged"
-                merge(dict(recipe), merged, threads=self._threads, resume=False)
+                try:
+                    merge(dict(recipe), merged, threads=self._threads, resume=False)
+                except RecipeError as error:
+                    return {"refused": str(error)}
                 found = self.suite.evaluator(merged, self.suite.tuning, self._of_tasks)
             value = relative_means(
                 self.suite.means(found), self._experts_when_tuning(), self.suite.groups
@@ -126,12 +129,9 @@ class Cells:
             return {"normalised": value, "cpu_seconds": time.process_time() - began}
 
         key = {"split": self.suite.tuning, "datasets": self._of_tasks, "tuning": True}
-        try:
-            name = f"tuning {method.name}: {shown}"
-            found = self._remembered(name, self._key(method, parameters, key), compute)
-        except RecipeError:
-            return None
-        return Tried(**found)
+        name = f"tuning {method.name}: {shown}"
+        found = self._remembered(name, self._key(method, parameters, key), compute)
+        return None if "refused" in found else Tried(**found)
 
     def measuring_seconds(self, method: Method) -> float:
         """CPU seconds that measuring the experts for a method took; 0 where it needs nothing."""

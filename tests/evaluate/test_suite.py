@@ -246,3 +246,13 @@ def test_refused_combinations_do_not_end_the_tuning(
     tuned = next(row for row in result.rows if row.variant == "tuned")
     assert result.failed == {}
     assert 1 < tuned.tried < 8
+    computed: list[str] = []
+    run_suite(
+        load_suite("digits"),
+        ["della"],
+        tmp_path,
+        budget=8,
+        resamples=50,
+        on_progress=computed.append,
+    )
+    assert computed == []
