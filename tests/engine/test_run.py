@@ -312,15 +312,6 @@ fusekit.merge(sys.argv[1], sys.argv[2], threads=2)
 """
 
 
-def kill_half_way(at):
-    if at.written > at.total // 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-SafetensorsFile.read_into = slow
-fusekit.merge(sys.argv[1], sys.argv[2], threads=2, on_progress=kill_half_way)
-"""
-
-
 def kill_half_way(inputs: Inputs, out: Path) -> None:
     """Run the merge in another process that is killed when half of it is written."""
     done = subprocess.run(
