@@ -38,6 +38,9 @@ DIRECT_ELEMENTS = 1 << 17
 FEWEST_PIECES, MOST_PIECES, PIECE_ELEMENTS = 16, 1024, 4096
 """How a first guess of an order statistic is sampled: evenly spaced short runs."""
 
+SAMPLED_PIECES = 256
+"""Runs of a sample whose order statistics are taken as they are: a million values."""
+
 ELEMENTS_PER_PIECE = 1 << 20
 """Large groups are sampled by more runs (0.4 percent), so that one count usually settles them."""
 
@@ -244,6 +247,7 @@ class _Order(Accumulator):
         super().__init__(members)
         summary: OrderStatistics = members[0][1]
         self._absolute = summary.absolute
+        self._sampled = summary.sampled
         self._size = sum(planned.size for planned, _ in members)
         self._offsets = np.cumsum([0, *(planned.size for planned, _ in members)]).tolist()
         self._compute = np.dtype(members[0][0].compute)
@@ -259,7 +263,7 @@ class _Order(Accumulator):
         self._rows = len(summary.ranks)
         self._lock = threading.Lock()
         self._idle: list[_Counts] = []
-        if self._size <= DIRECT_ELEMENTS:
+        if self._size <= (SAMPLED_PIECES * PIECE_ELEMENTS if self._sampled else DIRECT_ELEMENTS):
             self._scan = "direct"
             self._collected = np.empty((self._rows, self._size), self._key)
         else:
@@ -292,6 +296,9 @@ class _Order(Accumulator):
     def advance(self) -> bool:
         if self._scan == "direct":
             self._select()
+            return True
+        if self._scan == "sample" and self._sampled:
+            self._estimate()
             return True
         if self._scan == "sample":
             self._bracket()
@@ -350,7 +357,8 @@ class _Order(Accumulator):
         """Evenly spaced whole runs over all members, each starting on a granule."""
         pieces = []
         member = 0
-        count = min(max(self._size // ELEMENTS_PER_PIECE, FEWEST_PIECES), MOST_PIECES)
+        fewest = SAMPLED_PIECES if self._sampled else FEWEST_PIECES
+        count = min(max(self._size // ELEMENTS_PER_PIECE, fewest), MOST_PIECES)
         for piece in range(count):
             position = self._size * piece // count
             while position >= self._offsets[member + 1]:
@@ -362,6 +370,14 @@ class _Order(Accumulator):
             stop = min(start + -(-PIECE_ELEMENTS // unit) * unit, planned.size)
             pieces.append(Span(member, start, stop))
         return list(dict.fromkeys(pieces))
+
+    def _estimate(self) -> None:
+        """Take the sample's order statistics for those of the group."""
+        taken = self._collected.shape[1]
+        for target in self._targets:
+            at = min((self._size - target.rank) * taken // self._size, taken - 1)
+            key = int(np.partition(self._collected[target.row], at)[at])
+            target.found = OrderValue(self._value(key), target.rank - 1, 1)
 
     def _bracket(self) -> None:
         """Keys between which a rank probably lies: four standard errors of independent values.

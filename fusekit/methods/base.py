@@ -297,6 +297,9 @@ class OrderStatistics(Summary):
     absolute: ClassVar[bool] = True
     """Order by magnitude (values without sign) or by value."""
 
+    sampled: bool = False
+    """Whether quantiles of a million evenly spaced values will do for large groups."""
+
     @property
     @abstractmethod
     def ranks(self) -> tuple[tuple[int, ...], ...]:

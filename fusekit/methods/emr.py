@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import math
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,13 +23,17 @@ from fusekit.methods.base import (
     Tensor,
 )
 from fusekit.methods.task_masks import TASK, empty_masks, masks, packed, scales
+from fusekit.methods.task_vectors import SquaredNorms
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
 
-def _unified(block: Block) -> tuple[Array, Array]:
+def _unified(block: Block, factors: Sequence[float]) -> tuple[Array, Array]:
     """The unified vector of a block, and per task where it agrees with it."""
+    for row, factor in zip(block.rows, factors, strict=True):
+        if factor != 1.0:
+            row *= row.dtype.type(factor)
     update = block.scratch("unified", block.base.shape, block.rows.dtype)
     keep = empty_masks(block)
     kernels.masks.unify(block.rows, update, keep)
@@ -42,13 +47,14 @@ class Magnitudes(Additive):
     deltas: ClassVar[bool] = True
 
     by_tensor: bool
+    factors: tuple[float, ...]
     scope: Scope
 
     def width(self, tensor: Tensor) -> int:
         return 2 * tensor.models
 
     def measure(self, block: Block, out: Array) -> None:
-        update, keep = _unified(block)
+        update, keep = _unified(block, self.factors)
         n = len(keep)
         kernels.norms.sums(block.rows, 1, GRANULE, out[:, :n])
         kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
@@ -63,11 +69,12 @@ class Unify(Combine):
     deltas: ClassVar[bool] = True
 
     scales: tuple[float, ...]
+    factors: tuple[float, ...]
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 
-        update, _ = _unified(block)
+        update, _ = _unified(block, self.factors)
         kernels.linear.weighted_sum(update[np.newaxis], np.ones(1), block.base, 1.0, out)
 
     def side(self, block: Block) -> Iterator[SidePart]:
@@ -80,12 +87,24 @@ class Unify(Combine):
 
 def _emr(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     scope: Scope = "tensor" if tensor["rescale"] == "per_tensor" else "model"
-    sums = yield Magnitudes(tensor["rescale"] == "code", scope)
-    own, kept = sums[: tensor.models].tolist(), sums[tensor.models :].tolist()
+    factors = (1.0,) * tensor.models
+    if tensor["equalize"]:
+        factors = _to_one_norm((yield SquaredNorms((), scope="model")).tolist())
+    sums = yield Magnitudes(tensor["rescale"] == "code", factors, scope)
+    scaled, kept = sums[: tensor.models].tolist(), sums[tensor.models :].tolist()
+    own = [size / factor for size, factor in zip(scaled, factors, strict=True)]
     for task, (update, agreeing) in enumerate(zip(own, kept, strict=True)):
         if update > 0.0 == agreeing:
             yield Remark(f"task {task + 1} is lost: the others outvote every entry of its update")
-    return Unify(tuple(a / b if b > 0 else 1.0 for a, b in zip(own, kept, strict=True)))
+    scales = tuple(a / b if b > 0 else 1.0 for a, b in zip(own, kept, strict=True))
+    return Unify(scales, factors)
+
+
+def _to_one_norm(squares: Sequence[float]) -> tuple[float, ...]:
+    """What every task vector is multiplied with to have the mean of their norms."""
+    norms = [math.sqrt(square) for square in squares]
+    mean = sum(norms) / len(norms)
+    return tuple(mean / norm if norm > 0.0 else 1.0 for norm in norms)
 
 
 def _side(tensor: Tensor) -> tuple[SideTensor, ...]:
@@ -117,6 +136,13 @@ METHODS = (
                 "sum on its own (per_tensor: recommended, better and more stable).",
                 default="code",
                 choices=("code", "global", "per_tensor"),
+            ),
+            Parameter(
+                "equalize",
+                "bool",
+                "Scale all task vectors to their mean norm before they vote, for experts whose "
+                "updates differ much in size; the scales r_k give every task its own size back.",
+                default=False,
             ),
             TASK,
         ),

@@ -17,28 +17,13 @@ from fusekit.methods.base import (
     Summary,
     Tensor,
 )
+from fusekit.methods.pruning import Magnitudes
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
 _CLAMPS = {"root": 1e-4, "nlp": 0.01, "vision": 0.01, "vision_es": 0.01}
 _COMPARISONS = {"root": 0, "nlp": 0, "vision": 1, "vision_es": 2}
-
-
-@dataclass(frozen=True)
-class Edges(OrderStatistics):
-    """The magnitudes at two ranks of every task vector."""
-
-    deltas: ClassVar[bool] = True
-
-    wanted: tuple[tuple[int, ...], ...]
-
-    @property
-    def ranks(self) -> tuple[tuple[int, ...], ...]:
-        return self.wanted
-
-    def values(self, block: Block) -> Array:
-        return block.rows
 
 
 @dataclass(frozen=True)
@@ -105,7 +90,8 @@ def _pcb(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     clamp = tensor["clamp"] if tensor["clamp"] is not None else _CLAMPS[variant]
     # Positions in ascending order, rounded as the authors' code does; ranks count from the top.
     lower, upper = int(size * clamp), int(size * (1 - clamp) - 1)
-    edges = yield Edges(((size - lower, size - upper),) * n)
+    ranks = ((size - lower, size - upper),) * n
+    edges = yield Magnitudes((), ranks, sampled=tensor["edges"] == "sampled")
     clips = tuple((low.value, high.value) for low, high in edges)
     cut = min(int(size * (1 - tensor["ratio"])), size - 1)
     scores = Scores((size - cut, 1), clips, _COMPARISONS[variant])
@@ -169,6 +155,14 @@ METHODS = (
                 default=None,
                 minimum=0.0,
                 maximum=0.49,
+            ),
+            Parameter(
+                "edges",
+                "choice",
+                "The magnitudes that are clipped to: exact, or the quantiles of a million evenly "
+                "spaced entries (off by less than 0.1 % of the ranks), which saves a pass.",
+                default="exact",
+                choices=("exact", "sampled"),
             ),
         ),
         rule=_pcb,

@@ -320,13 +320,14 @@ class Ordered(OnPruned, OrderStatistics):
 
     wanted: tuple[tuple[int, ...], ...]
     scope: Scope = "group"
+    sampled: bool = False
 
     @property
     def ranks(self) -> tuple[tuple[int, ...], ...]:
         return self.wanted
 
     def group_key(self) -> tuple[Any, ...]:
-        return (type(self), self.wanted)
+        return (type(self), self.wanted, self.sampled)
 
 
 class Magnitudes(Ordered):

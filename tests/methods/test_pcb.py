@@ -197,3 +197,19 @@ def test_polynomials_are_accurate(dtype: Any) -> None:
         found = values.copy()
         compete.tangent(found, work[: values.size], powers[: values.size])
         np.testing.assert_allclose(found, np.tanh(values.astype(np.float64)), rtol=1e-6)
+
+
+def test_sampled_edges_are_close_to_the_exact_ones() -> None:
+    models, base = random_models(11, 3, size=3_000_000)
+    wide = [{k: v.astype("f4") for k, v in state.items()} for state in [base, *models]]
+    exact, sampled = (
+        pcb(wide[1:], wide[0], edges=edges)["a"] - wide[0]["a"] for edges in ("exact", "sampled")
+    )
+    assert (exact != sampled).any()
+    assert np.abs(exact - sampled).mean() < 2e-3 * np.abs(exact).mean()
+
+
+def test_edges_of_small_models_are_exact_either_way() -> None:
+    models, base = random_models(12, 2)
+    exact, sampled = (pcb(models, base, edges=edges) for edges in ("exact", "sampled"))
+    assert_close(sampled, exact, 0.0)

@@ -157,6 +157,27 @@ def test_emr_does_not_depend_on_the_order_of_the_models(tmp_path: Path) -> None:
     assert_close(expert(one, "a"), expert(two, "a"), 1e-7)
 
 
+def test_emr_equalized_experts_vote_alike_however_large_their_updates_are(tmp_path: Path) -> None:
+    models, base = setting(9, 3)
+    louder = {k: np.asarray(base[k] + 8 * (models[2][k] - base[k])) for k in base}
+    mixed = [*models[:2], louder]
+    plain = merge(tmp_path / "plain", mixed, base, "emr", rescale="global")
+    quiet = merge(tmp_path / "quiet", models, base, "emr", rescale="global", equalize=True)
+    loud = merge(tmp_path / "loud", mixed, base, "emr", rescale="global", equalize=True)
+    changed = [
+        np.mean(one["w"] != other["w"])
+        for one, other in zip(masks_of(quiet, base), masks_of(loud, base), strict=True)
+    ]
+    assert max(changed) < 1e-3
+    kept_plain, kept_loud = (masks_of(merged, base)[0]["w"].mean() for merged in (plain, loud))
+    assert kept_loud > kept_plain + 0.05  # the loud expert no longer outvotes the others
+    norms = [
+        sum(np.abs(state[name] - base[name]).sum() for name in base)
+        for state in (expert(loud, "task2"), louder)
+    ]
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-3)
+
+
 def test_emr_a_task_that_did_not_change_stays_the_base(tmp_path: Path) -> None:
     models, base = setting(4, 2)
     merged = merge(tmp_path, [models[0], base], base, "emr", rescale="per_tensor")
