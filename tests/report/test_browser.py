@@ -67,12 +67,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, i
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("kind", ["inspection", "suite", "adapters"])
+@pytest.mark.parametrize("kind", ["inspection", "suite", "study", "adapters"])
 def test_report_is_drawn_without_errors(
     browser: Any, reports: dict[str, tuple[Path, int]], kind: str, width: int, scheme: str
 ) -> None:
     path, count = reports[kind]
-    assert count == {"inspection": 11, "suite": 4, "adapters": 9}[kind]
+    assert count == {"inspection": 11, "suite": 5, "study": 2, "adapters": 9}[kind]
     page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
     problems: list[str] = []
     requests: list[str] = []
