@@ -1,4 +1,4 @@
-"""Merging that is chosen or learned by what the result can do: soups, surgery."""
+"""Merging that is chosen or learned by what the result can do: soups, mask thresholds, surgery."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from fusekit.learn.learned import LearnedSoup, learned_soup
+    from fusekit.learn.masks import MaskThresholds, choose_tall_lambda
     from fusekit.learn.soups import (
         GreedySoup,
         Selection,
@@ -23,8 +24,10 @@ _HOMES = {
     "DeepSurgery": "surgery",
     "GreedySoup": "soups",
     "LearnedSoup": "learned",
+    "MaskThresholds": "masks",
     "Selection": "soups",
     "Surgery": "surgery",
+    "choose_tall_lambda": "masks",
     "fit_deep_surgery": "surgery",
     "fit_surgery": "surgery",
     "greedy_soup": "soups",
@@ -38,8 +41,10 @@ __all__ = [
     "DeepSurgery",
     "GreedySoup",
     "LearnedSoup",
+    "MaskThresholds",
     "Selection",
     "Surgery",
+    "choose_tall_lambda",
     "fit_deep_surgery",
     "fit_surgery",
     "greedy_soup",
