@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save
 
 import fusekit
+from fusekit import CheckpointError
 
 pytest.importorskip("s3fs")
 moto_server = pytest.importorskip("moto.server")
@@ -54,3 +56,26 @@ def test_models_in_a_bucket_are_merged(bucket: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(load_file(tmp_path / "out/model.safetensors")["w"], VALUES + 0.5)
     assert (tmp_path / "out/config.json").read_text().split() == ["{", '"of":', '"s3"', "}"]
     assert fusekit.verify(tmp_path / "out").ok
+
+
+def test_a_pipeline_in_a_bucket_is_merged(bucket: str, tmp_path: Path) -> None:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    files = {
+        "model_index.json": b'{"_class_name": "P", "unet": ["diffusers", "U"], "x": [null, null]}',
+        "unet/config.json": b'{"of": "s3"}',
+        "unet/diffusion_pytorch_model.safetensors": save({"w": VALUES}),
+    }
+    for name, body in files.items():
+        client.put_object(Bucket="models", Key=f"p/{name}", Body=body)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{bucket}/p"}]}
+    fusekit.merge(recipe, tmp_path / "out", threads=2)
+    for name in files:
+        assert (tmp_path / "out" / name).is_file()
+    merged = load_file(tmp_path / "out/unet/diffusion_pytorch_model.safetensors")
+    np.testing.assert_array_equal(merged["w"], VALUES)
+    client.put_object(Bucket="models", Key="q/unet/diffusion_pytorch_model.bin", Body=b"pickle")
+    client.put_object(Bucket="models", Key="q/model_index.json", Body=files["model_index.json"])
+    with pytest.raises(CheckpointError, match="a PyTorch pickle, and at URLs only safetensors"):
+        fusekit.plan({**recipe, "models": [{"model": f"{bucket}/q"}]})
