@@ -238,7 +238,11 @@ def extract(
     """Turn the difference of MODEL and BASE into an adapter."""
     from fusekit.adapters import ExtractOptions, extract_adapter
     from fusekit.checkpoint.folder import open_checkpoint
+    from fusekit.errors import FusekitError
 
+    for reference in (base, model):
+        if (Path(reference) / "adapter_config.json").is_file():
+            raise FusekitError(f"{reference}: is an adapter, expected a model")
     opened = open_checkpoint(base)
     config = opened.config() or {}
     options = ExtractOptions(

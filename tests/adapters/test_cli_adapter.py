@@ -90,6 +90,11 @@ def test_extract_reports_and_writes(tmp_path):
     np.testing.assert_allclose(delta, 1, atol=1e-5)
 
 
+def test_extracting_from_an_adapter_is_refused(folders, tmp_path):
+    with pytest.raises(FusekitError, match="task0: is an adapter, expected a model"):
+        run("extract", tmp_path / "base", folders[0], tmp_path / "out")
+
+
 def test_packing_adding_and_unpacking(folders, tmp_path):
     output = run("pack", *folders[:2], tmp_path / "pack", "--directions", 1)
     assert "recommended: keep the adapters" in output
