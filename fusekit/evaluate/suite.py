@@ -155,6 +155,13 @@ def load_suite(reference: str | Path) -> Suite:
 
     path = BUILT_IN.get(str(reference), Path(reference))
     if not path.is_file():
+        from fusekit.evaluate.building import BUILDERS  # which imports this module
+
+        if str(reference) in BUILDERS:
+            raise FusekitError(
+                f"suite {str(reference)!r}: its models are not in the package; build it first: "
+                f"fusekit suite build {reference} OUT, then name OUT/suite.yml"
+            )
         known = did_you_mean(str(reference), BUILT_IN)
         raise FusekitError(f"suite {str(reference)!r}: neither a file nor a built-in suite{known}")
     try:

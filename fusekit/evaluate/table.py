@@ -25,8 +25,32 @@ def markdown(result: SuiteResult) -> str:
 
 
 def summary(result: SuiteResult) -> str:
-    """The first table and what it means."""
-    return "\n".join([_scores(result), _notes(result)])
+    """The comparison without single tasks, in columns that fit a terminal, and what they mean."""
+    head = ["model", "mean %", "normalised [95 %]", "vs first [95 %]", "retained [95 %]", "CPU s"]
+    lines = [head]
+    for name, reference in result.references.items():
+        mean, relative = _mean_percent(result, reference.scores), f"{reference.normalised:.3f}"
+        lines.append([name, mean, relative, "-", with_interval(reference.retained, None), "-"])
+    own = _mean_percent(result, result.own_scores())
+    lines.append(["expert of the task", own, "1.000", "-", "-", "-"])
+    for row in result.rows:
+        relative = with_interval(row.normalised, row.normalised_interval)
+        difference = with_interval(row.difference, row.difference_interval, "+.3f")
+        retained = with_interval(row.retained, row.retained_interval)
+        mean, seconds = _mean_percent(result, row.scores), f"{row.total_seconds:.1f}"
+        lines.append([label(row), mean, relative, difference, retained, seconds])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    table = [
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*table, "", f"CPU s: data, tuning and merge. {_notes(result)}"])
+
+
+def _mean_percent(result: SuiteResult, scores: Mapping[str, float]) -> str:
+    """Mean over tasks of the mean over a task's datasets, in %."""
+    tasks = [sum(scores[n] for n in names) / len(names) for names in result.groups.values()]
+    return f"{100 * sum(tasks) / len(tasks):.1f}"
 
 
 def label(row: Row) -> str:

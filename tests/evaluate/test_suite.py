@@ -223,6 +223,11 @@ def test_malformed_suites_are_refused_in_one_sentence(
     assert "\n" not in str(error.value)
 
 
+def test_suites_that_must_be_built_say_how() -> None:
+    with pytest.raises(FusekitError, match="build it first: fusekit suite build vision OUT"):
+        load_suite("vision")
+
+
 def test_unknown_suites_are_refused() -> None:
     with pytest.raises(FusekitError, match="did you mean 'digits'"):
         load_suite("digit")
@@ -234,7 +239,9 @@ def test_the_command_prints_the_table_and_writes_a_report(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "fusekit", "suite", "run", "digits", "--methods", "linear"]
     command += ["--budget", "1", "--out", str(tmp_path / "out"), "--html", str(html)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "| linear, default | 88." in done.stdout
+    line = next(line for line in done.stdout.splitlines() if line.startswith("linear, default"))
+    assert " 0.536 [0." in line
+    assert max(map(len, done.stdout.partition("\n\n")[0].splitlines())) <= 120
     assert "Share of the experts" in html.read_text(encoding="utf-8")
 
 
@@ -256,3 +263,57 @@ def test_refused_combinations_do_not_end_the_tuning(
         on_progress=computed.append,
     )
     assert computed == []
+
+
+class Planned:
+    """An evaluator of made-up models: `scores[model][dataset]` of ten examples are hits."""
+
+    identity = "planned"
+
+    def __init__(self, scores: dict[str, dict[str, int]]) -> None:
+        self.scores = scores
+
+    def __call__(self, checkpoint: Path, split: Any, tasks: Any) -> Any:
+        own = self.scores[checkpoint.name]
+        return {task: np.arange(10) < own[task] for task in tasks}
+
+
+def test_tasks_of_several_datasets_count_alike_and_what_scores_nothing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = {
+        "base": {"a": 2, "b1": 2, "b2": 2, "b3": 0, "kept": 8, "lost": 0},
+        "expert_parity": {"a": 8, "b1": 1, "b2": 1, "b3": 1, "kept": 6, "lost": 0},
+        "expert_halved": {"a": 1, "b1": 5, "b2": 10, "b3": 0, "kept": 6, "lost": 0},
+        "merged": {"a": 4, "b1": 5, "b2": 5, "b3": 3, "kept": 4, "lost": 3},
+        "multitask": {"a": 8, "b1": 5, "b2": 10, "b3": 1, "kept": 8, "lost": 0},
+    }
+    root = digits.base().parent
+    suite = Suite(
+        "planned",
+        root / "base",
+        {"a": root / "expert_parity", "b": root / "expert_halved"},
+        Planned(scores),
+        datasets={"b": ("b1", "b2", "b3")},
+        forgetting=("kept", "lost"),
+        references={"multitask": root / "multitask"},
+    )
+
+    def reported(self: Cells, method: Any, name: str, parameters: Any) -> Reported:
+        found = suite.evaluator(Path("merged"), "test", suite.scored)
+        return Reported({n: x.astype(float) for n, x in found.items()}, 1.0, 1)
+
+    monkeypatch.setattr(Cells, "reported", reported)
+    result = run_suite(suite, ["linear"], tmp_path, budget=1, resamples=400)
+    row = result.rows[0]
+    assert row.by_task == {"a": pytest.approx(0.5), "b": pytest.approx((1.0 + 0.5) / 2)}
+    assert row.normalised == pytest.approx((0.5 + 0.75) / 2)
+    assert row.normalised_interval[0] < row.normalised < row.normalised_interval[1]
+    assert row.retained == pytest.approx(0.5)
+    assert result.dropped == ("b/b3", "forgetting/lost")
+    assert result.references["base"].retained == 1.0
+    assert result.references["multitask"].normalised == pytest.approx(1.0)
+    text = markdown(result)
+    assert "| linear, default | 0.500 | 0.750 |" in text
+    assert "No ratio counts b/b3: nothing is scored there." in text
+    assert "| b | 10.0 | 50.0 | 100.0 | 0.0 | 60.0 | 0.0 |" in text
