@@ -77,8 +77,8 @@ def choose_operands(recipe: Recipe, method: Method) -> Operands:
     Raises:
         RecipeError: models or parameters that the method cannot take.
     """
-    top = read_level(recipe.parameters, method, "parameters")
     notes: list[str] = []
+    top = read_level(recipe.parameters, method, "parameters", notes)
     reader = _Reader(recipe, method, notes)
     if recipe.modules is None:
         sections = [reader.section(None, "", recipe.models, recipe.slices, (top,))]
@@ -86,7 +86,7 @@ def choose_operands(recipe: Recipe, method: Method) -> Operands:
         sections = []
         for name, module in recipe.modules.items():
             place = f"modules.{name}."
-            level = read_level(module.parameters, method, f"{place}parameters")
+            level = read_level(module.parameters, method, f"{place}parameters", notes)
             sections.append(reader.section(name, place, module.models, module.slices, (level, top)))
     first = sections[0].slices[0].operands[0].model
     return Operands(tuple(sections), recipe.base_model or first, tuple(notes))
@@ -118,7 +118,12 @@ class _Reader:
                     part.sources,
                     part.base_model or self._recipe.base_model,
                     (
-                        read_level(part.parameters, self._method, f"{place}slices[{i}].parameters"),
+                        read_level(
+                            part.parameters,
+                            self._method,
+                            f"{place}slices[{i}].parameters",
+                            self._notes,
+                        ),
                         *levels,
                     ),
                 )
@@ -165,7 +170,7 @@ class _Reader:
         return Operand(base, "base_model", listed[0].layers if listed else None, {})
 
     def _operand(self, entry: ModelEntry, place: str) -> Operand:
-        own = read_level(entry.parameters, self._method, f"{place}.parameters")
+        own = read_level(entry.parameters, self._method, f"{place}.parameters", self._notes)
         idle = [name for name in own if not self._method.parameter(name).per_model]  # type: ignore[union-attr]
         if idle:
             self._notes.append(

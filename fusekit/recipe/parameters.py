@@ -65,13 +65,20 @@ Level = Mapping[str, Setting]
 """The settings written at one place, by parameter name."""
 
 
-def read_level(raw: Mapping[str, Any], method: HasParameters, place: str) -> dict[str, Setting]:
+_IDLE = frozenset({"int8_mask"})
+"""Parameters that old recipes carry to every method and that change no result anywhere."""
+
+
+def read_level(
+    raw: Mapping[str, Any], method: HasParameters, place: str, notes: list[str] | None = None
+) -> dict[str, Setting]:
     """Check everything written at one place against the method's parameters.
 
     Args:
         raw: the `parameters` mapping as written.
         method: whose parameters they must be.
         place: where in the recipe it stands, for messages (`models[1].parameters`).
+        notes: gets what the user should be told of parameters that have no effect.
 
     Raises:
         RecipeError: an unknown parameter (naming the nearest one), a wrong type, a value out of
@@ -80,6 +87,10 @@ def read_level(raw: Mapping[str, Any], method: HasParameters, place: str) -> dic
     level = {}
     for name, value in raw.items():
         parameter = method.parameter(name)
+        if parameter is None and name in _IDLE:
+            if notes is not None:
+                notes.append(f"{place}.{name} has no effect: {method.name} has no masks")
+            continue
         if parameter is None:
             known = [parameter.name for parameter in method.parameters]
             raise RecipeError(

@@ -87,3 +87,12 @@ def test_near_words_are_found_whatever_their_case() -> None:
     assert did_you_mean("TOKENIZER_SOURCE", ["tokenizer_source", "tokenizer"]) == (
         " (did you mean 'tokenizer_source'?)"
     )
+
+
+def test_int8_mask_is_left_alone_in_recipes_of_any_method(folder: Path) -> None:
+    models = [{"model": str(folder / "ft1"), "parameters": {"weight": 1.0}}]
+    plan = fusekit.plan(
+        {"merge_method": "linear", "models": models, "parameters": {"int8_mask": True}}
+    )
+    plan.close()
+    assert plan.warnings == ("parameters.int8_mask has no effect: linear has no masks",)
