@@ -7,6 +7,7 @@ from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.hub import is_hub_reference
+from fusekit.checkpoint.pipelines import DIFFUSERS_FILE, is_pipeline
 from fusekit.checkpoint.references import parse_reference
 from fusekit.engine.plan import Plan
 from fusekit.errors import FusekitError
@@ -55,10 +56,22 @@ def _front_matter(plan: Plan) -> dict[str, Any]:
     if on_hub:
         matter["base_model"] = list(dict.fromkeys(on_hub))
         matter["base_model_relation"] = "merge"
-    if plan.config is not None:
-        matter["library_name"] = "transformers"
+    library = _library(plan)
+    if library is not None:
+        matter["library_name"] = library
     matter["tags"] = ["merge", "fusekit", *_tags(plan)]
     return matter
+
+
+def _library(plan: Plan) -> str | None:
+    """Which library loads the output, by the files that it looks for."""
+    folder = None if plan.config_from is None else plan.checkpoints[plan.config_from].folder
+    if folder is not None and is_pipeline(folder):
+        is_diffusion = (folder / DIFFUSERS_FILE).is_file()
+        return "diffusers" if is_diffusion else "sentence-transformers"
+    if plan.config is None:
+        return None
+    return "diffusers" if "_diffusers_version" in plan.config else "transformers"
 
 
 def _tags(plan: Plan) -> Sequence[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 import fusekit
@@ -60,3 +61,24 @@ def test_models_of_the_hub_are_linked(tmp_path: Path) -> None:
     front = model_card(plan_checkpoints(recipe, method, operands, opened)).split("---\n")[1]
     assert yaml.safe_load(front)["base_model"] == ["org/a", "org/b"]
     assert yaml.safe_load(front)["base_model_relation"] == "merge"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "library"),
+    [
+        ("model_index.json", '{"_class_name": "P"}', "diffusers"),
+        ("modules.json", '[{"path": ""}]', "sentence-transformers"),
+        ("config.json", '{"_diffusers_version": "0.36"}', "diffusers"),
+        ("config.json", '{"model_type": "llama"}', "transformers"),
+        ("notes.txt", "", None),
+    ],
+)
+def test_the_library_that_loads_the_model_is_named(
+    tmp_path: Path, name: str, content: str, library: str | None
+) -> None:
+    write_model(tmp_path / "a", {"w": np.ones(3, np.float32)})
+    (tmp_path / "a" / name).write_text(content)
+    copy = {"merge_method": "passthrough", "models": [{"model": str(tmp_path / "a")}]}
+    fusekit.merge(copy, tmp_path / "out", threads=1)
+    front = (tmp_path / "out/README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front).get("library_name") == library
