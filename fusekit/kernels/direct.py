@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels import norms
 from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -169,6 +170,39 @@ def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array
                 links = 0
         for j in range(3):
             out[granule, j] = _folded(lanes[j])
+
+
+@njit(nogil=True, cache=True)
+def _add_to_lanes(model: Array, base: Array, what: int, lanes: Array) -> None:
+    """lanes[i] += what a task vector's entry i adds to one of `norms`' sums."""
+    if what == norms.SQUARES:
+        for i in range(model.size):
+            delta = np.float64(from_bf16(model[i]) - from_bf16(base[i]))
+            lanes[i] += delta * delta
+    elif what == norms.MAGNITUDES:
+        for i in range(model.size):
+            lanes[i] += abs(np.float64(from_bf16(model[i]) - from_bf16(base[i])))
+    else:
+        for i in range(model.size):
+            lanes[i] += np.float64(from_bf16(model[i]) - from_bf16(base[i]))
+
+
+@njit(nogil=True, cache=True)
+def sums(bits: Array, start: int, size: int, what: int, out: Array) -> None:
+    """`norms.sums` of the task vectors per granule, to the same bits: (granules, models)."""
+    models = bits.shape[0] - 1
+    lanes = np.empty(norms.LANES, np.float64)
+    for granule in range(out.shape[0]):
+        begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
+        for r in range(models):
+            lanes[:] = 0.0
+            for at in range(begin, end, norms.LANES):
+                a, b = start + at, start + min(at + norms.LANES, end)
+                _add_to_lanes(bits[r, a:b], bits[models, a:b], what, lanes)
+            total = 0.0
+            for i in range(norms.LANES):
+                total += lanes[i]
+            out[granule, r] = total
 
 
 @njit(nogil=True, cache=True)

@@ -9,7 +9,7 @@ from numba import njit
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_LANES = 256
+LANES = 256
 
 SQUARES, MAGNITUDES, VALUES = 0, 1, 2
 """What is added up."""
@@ -19,13 +19,13 @@ SQUARES, MAGNITUDES, VALUES = 0, 1, 2
 def sums(rows: Array, what: int, grain: int, out: Array) -> None:
     """out[g, i] = sum of row i over the g-th run of `grain` elements; float64, 256 fixed lanes."""
     n, size = rows.shape
-    lanes = np.empty(_LANES, np.float64)
+    lanes = np.empty(LANES, np.float64)
     for g in range(out.shape[0]):
         begin, end = g * grain, min((g + 1) * grain, size)
         for r in range(n):
             lanes[:] = 0.0
-            for start in range(begin, end, _LANES):
-                part = rows[r, start : min(start + _LANES, end)]
+            for start in range(begin, end, LANES):
+                part = rows[r, start : min(start + LANES, end)]
                 if what == SQUARES:
                     for i in range(part.size):
                         lanes[i] += np.float64(part[i]) * np.float64(part[i])
@@ -36,7 +36,7 @@ def sums(rows: Array, what: int, grain: int, out: Array) -> None:
                     for i in range(part.size):
                         lanes[i] += np.float64(part[i])
             total = 0.0
-            for i in range(_LANES):
+            for i in range(LANES):
                 total += lanes[i]
             out[g, r] = total
 

@@ -23,6 +23,7 @@ from fusekit.methods.base import (
     Summary,
     Tensor,
 )
+from fusekit.methods.summaries import delta_sums
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
@@ -402,6 +403,11 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
     `what` is one of `kernels.norms`' sums.
     """
     grain = request.grain(block.tensor.shape)
+    if not request.prunings:
+        delta_sums(block, what, grain, out[:, -block.tensor.models :])
+        if unpruned:
+            out[:, : block.tensor.models] = out[:, -block.tensor.models :]
+        return
     program, packed = request.program(block), block.packed
     if program is not None and packed is not None and grain == GRANULE:
         place = packed.bits, packed.kind, packed.start, block.size, block.start

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
+from fusekit.kernels import GRANULE
 from fusekit.methods.base import Additive, Block, Sequential, Tensor
 
 if TYPE_CHECKING:
@@ -49,6 +50,18 @@ class Gram(Additive):
 
     def result(self, total: Array) -> Matrix:
         return _symmetric(total.tolist(), self.models)
+
+
+def delta_sums(block: Block, what: int, grain: int, out: Array) -> None:
+    """One of `kernels.norms`' sums of every task vector, per grain: (grains, models)."""
+    import numpy as np
+
+    packed = block.packed
+    if packed is not None and packed.kind == kernels.tiles.BF16 and grain == GRANULE:
+        kernels.direct.sums(packed.bits, packed.start, block.size, what, out)
+        if np.isfinite(out).all():
+            return
+    kernels.norms.sums(block.rows, what, grain, out)
 
 
 class DeltaGram(Gram):

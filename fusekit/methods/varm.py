@@ -21,6 +21,7 @@ from fusekit.methods.base import (
     Tensor,
 )
 from fusekit.methods.combines import linear
+from fusekit.methods.summaries import delta_sums
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
@@ -45,7 +46,7 @@ class Variation(Additive):
         return tensor.models
 
     def measure(self, block: Block, out: Array) -> None:
-        kernels.norms.sums(block.rows, self.summed, GRANULE, out)
+        delta_sums(block, self.summed, GRANULE, out)
         if self.by_tensor:
             out /= block.tensor.size
 

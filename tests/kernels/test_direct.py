@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fusekit.kernels import direct, elect, floats, gram, order
+from fusekit.kernels import direct, elect, floats, gram, norms, order
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -72,6 +72,16 @@ def test_inner_products_of_two(size: int, deltas: bool) -> None:
     direct.products_of_two(bits if deltas else bits[:2], 3, size, deltas, out)
     gram.gram(np.ascontiguousarray(rows), expected)
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * size**0.5)
+
+
+@pytest.mark.parametrize("what", [norms.SQUARES, norms.MAGNITUDES, norms.VALUES])
+@pytest.mark.parametrize("size", SIZES)
+def test_sums_of_task_vectors_are_those_of_decoded_rows(size: int, what: int) -> None:
+    values, bits = operands(3, size, seed=9)
+    out, expected = np.empty((-(-size // 8192), 2)), np.empty((-(-size // 8192), 2))
+    direct.sums(bits, 3, size, what, out)
+    norms.sums(values[:2] - values[2], what, 8192, expected)
+    np.testing.assert_array_equal(out, expected)
 
 
 @pytest.mark.parametrize("size", SIZES)
