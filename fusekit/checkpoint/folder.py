@@ -46,6 +46,8 @@ COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".ti
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 """Of several weight files or indexes, the one with the first of these names is the model."""
 
+_WEIGHT_SUFFIXES = frozenset({".safetensors", *PICKLE_SUFFIXES})
+
 _MOST_LISTED = 1000
 """Names beside a missing one among which a similar one is looked for."""
 
@@ -225,6 +227,8 @@ def _missing(reference: str, relative_to: Path | None, what: str = "model") -> C
 def _open_path(reference: str, path: Path) -> Checkpoint:
     if path.is_dir():
         return Checkpoint(reference, _open_folder(path), path)
+    if path.name.endswith((INDEX_SUFFIX, PICKLE_INDEX_SUFFIX)):
+        _refuse_links_out(path.parent)
     if path.name.endswith(INDEX_SUFFIX):
         return Checkpoint(reference, open_sharded(path), path.parent)
     if path.name.endswith(PICKLE_INDEX_SUFFIX):
@@ -238,7 +242,27 @@ def _open_file(path: Path) -> TensorSource:
     return NpzFile(path) if path.suffix == ".npz" else SafetensorsFile(path)
 
 
+def _refuse_links_out(folder: Path) -> None:
+    """Refuse weights and companions that are links to files elsewhere, which would be copied.
+
+    The hub's cache keeps the files of a snapshot in a folder of their own beside all snapshots.
+    """
+    real = folder.resolve()
+    root = real.parent.parent if real.parent.name == "snapshots" else real
+    for place in (folder, *(part_folders(folder) if is_pipeline(folder) else ())):
+        for path in place.iterdir():
+            is_used = path.suffix in COMPANION_SUFFIXES or path.suffix in _WEIGHT_SUFFIXES
+            if not is_used or not path.is_symlink() or not path.is_file():
+                continue
+            if not path.resolve().is_relative_to(root):
+                raise CheckpointError(
+                    f"{path}: a link out of the folder, to {path.resolve()}; put the file itself "
+                    "there"
+                )
+
+
 def _open_folder(folder: Path) -> TensorSource:
+    _refuse_links_out(folder)
     if not is_pipeline(folder):
         own = _weights(folder)
         if own is None:

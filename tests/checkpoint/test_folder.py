@@ -112,3 +112,39 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
 def test_a_reference_longer_than_any_path_is_not_there() -> None:
     with pytest.raises(CheckpointError, match="no such file or folder"):
         open_checkpoint("./" + "x" * 5000)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "vocab.txt", "config.json"])
+def test_a_file_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "m", "model.safetensors", "vocab.txt", "config.json")
+    write(tmp_path / "secrets", name)
+    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).symlink_to(tmp_path / "secrets" / name)
+    with pytest.raises(CheckpointError, match="a link out of the folder, to ") as caught:
+        open_checkpoint(str(tmp_path / "m"))
+    assert str(caught.value).startswith(str(tmp_path / "m" / name))
+
+
+def test_a_shard_that_is_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "m", "config.json")
+    write(tmp_path / "secrets", "a.safetensors")
+    (tmp_path / "m/a.safetensors").symlink_to("../secrets/a.safetensors")
+    index = tmp_path / "m/model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.safetensors": "a.safetensors"}}))
+    for reference in (tmp_path / "m", index):
+        with pytest.raises(CheckpointError, match="a link out of the folder"):
+            open_checkpoint(str(reference))
+
+
+def test_links_within_the_folder_and_to_the_folder_are_followed(tmp_path: Path) -> None:
+    write(tmp_path / "m", "weights.safetensors")
+    (tmp_path / "m/model.safetensors").symlink_to("weights.safetensors")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    assert list(open_checkpoint(str(tmp_path / "link")).source.tensors) == ["weights.safetensors"]
+
+
+def test_snapshots_of_the_hubs_cache_hold_links(tmp_path: Path) -> None:
+    blobs = write(tmp_path / "models--org--m/blobs", "0123.safetensors")
+    snapshot = write(tmp_path / "models--org--m/snapshots/abc", "config.json")
+    (snapshot / "model.safetensors").symlink_to(blobs / "0123.safetensors")
+    assert list(open_checkpoint(str(snapshot)).source.tensors) == ["0123.safetensors"]
