@@ -31,7 +31,8 @@ class HarnessSettings:
         tasks: what the suite scores -> split -> task of the harness. A group of tasks counts as
             one: all its examples together.
         include: folder with local task files, or None.
-        metric: what the suite scores -> metric as the harness names it, `acc` or `exact_match,strict-match`.
+        metric: what the suite scores -> metric as the harness names it, `acc` or
+            `exact_match,strict-match`.
         limit: only so many examples per task, or None for all.
         fewshot: examples in the prompt; None for what the task says.
         batch: examples in one forward pass.

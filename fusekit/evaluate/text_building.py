@@ -101,8 +101,8 @@ def build(
     size = whole_numbers({k: v for k, v in settings.items() if k != "model"}, DEFAULTS)
     sentences = read_sentences(data, seed, size)
     about = {"seed": seed, "model": str(settings.get("model", "all-MiniLM-L6-v2")), **size}
-    base = out / "base"
-    once(base, about, lambda folder: _copy_encoder(find_encoder(settings), folder))
+    base, origin = out / "base", find_encoder(settings)
+    once(base, about, lambda folder: _save(load_pretrained("AutoModel", origin), origin, folder))
     tasks = _tokenized(sentences, base / "tokenizer.json", size["tokens"])
     heads = _fit_heads(base, tasks)
 
@@ -116,9 +116,7 @@ def build(
         def fully(folder: Path, task: str = task, head: Head = head) -> None:
             model = load_pretrained("AutoModel", base)
             fit(model, tasks[task].splits["train"], head, size["epochs"], RATE, seed)
-            _copy_encoder(base, folder)
-            with quiet():
-                model.save_pretrained(folder)
+            _save(model, base, folder)
             report(f"{task}, full", model, task)
 
         def adapter(folder: Path, task: str = task, head: Head = head) -> None:
@@ -174,17 +172,17 @@ def find_encoder(settings: Settings) -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def _copy_encoder(source: Path, folder: Path) -> None:
-    for name in (
-        "config.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "vocab.txt",
-    ):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, folder / name)
+def _save(model: Any, tokenizer: Path, folder: Path) -> None:
+    """A checkpoint with the tokenizer of another folder.
+
+    The base is written this way, too: checkpoints of older libraries hold buffers that are no
+    parameters, and experts without them could not be merged with it.
+    """
+    with quiet():
+        model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+        if (tokenizer / name).is_file():
+            shutil.copyfile(tokenizer / name, folder / name)
 
 
 def read_sentences(

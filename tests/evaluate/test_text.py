@@ -34,7 +34,12 @@ SIZE = {
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_encoder(tmp_path_factory.mktemp("encoder"))
+    """With a buffer that older libraries stored and newer ones do not."""
+    folder = tiny_encoder(tmp_path_factory.mktemp("encoder"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["embeddings.position_ids"] = np.arange(40)[None]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +118,17 @@ def test_a_built_suite_scores_every_task_with_every_encoder(built: Path) -> None
         assert {task: len(hits) for task, hits in found.items()} == dict.fromkeys(tasks, 20)
     with pytest.raises(FusekitError, match=r"no examples 'test.tre' \(did you mean 'test.trec'"):
         evaluator(built / "base", "test", ["tre"])
+
+
+@pytest.mark.parametrize("folder", [".", "lora"])
+def test_full_and_lora_experts_merge(built: Path, folder: str, tmp_path: Path) -> None:
+    from fusekit.evaluate.runner import run_suite
+    from fusekit.evaluate.suite import load_suite
+
+    suite = load_suite(built / folder / "suite.yml")
+    result = run_suite(suite, ["task_arithmetic"], tmp_path, budget=1, resamples=20)
+    assert result.failed == {}
+    assert set(result.rows[0].scores) == {*text_building.FILES, text_building.HALVES}
 
 
 def test_folded_adapters_are_what_peft_merges(built: Path) -> None:
