@@ -8,6 +8,7 @@ activations themselves is kept.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,7 +25,7 @@ BLOCK_COLUMNS = 256
 """Gram matrices are computed by blocks of so many rows, what lies below the diagonal left out."""
 
 COLLECTED_TOKENS = 1024
-"""Inputs are collected up to so many tokens before they are added to a statistic."""
+"""Inputs are collected up to so many tokens, or as many as a layer has inputs, for one product."""
 
 
 class Accumulator(ABC):
@@ -38,6 +39,16 @@ class Accumulator(ABC):
     @abstractmethod
     def shape(inputs: int) -> tuple[int, ...]:
         """Of the sum, for a module with that many inputs."""
+
+    @staticmethod
+    def collected(inputs: int) -> int:
+        """Tokens to wait for before they are added."""
+        return 0
+
+    @classmethod
+    def held_bytes(cls, inputs: int) -> int:
+        """Of the sum and of what is waiting to be added to it."""
+        return 8 * math.prod(cls.shape(inputs)) + 4 * inputs * cls.collected(inputs)
 
     @abstractmethod
     def add(self, rows: Tensor) -> None:
@@ -55,6 +66,10 @@ class Gram(Accumulator):
     @staticmethod
     def shape(inputs: int) -> tuple[int, ...]:
         return (inputs, inputs)
+
+    @staticmethod
+    def collected(inputs: int) -> int:
+        return max(COLLECTED_TOKENS, inputs)
 
     def add(self, rows: Tensor) -> None:
         for start in range(0, rows.shape[1], BLOCK_COLUMNS):
@@ -159,7 +174,8 @@ class Capture:
             modules = tuple(fed.modules)
             collected = self._collected.setdefault(modules, [])
             collected.append(fed.rows)
-            if sum(map(len, collected)) >= COLLECTED_TOKENS:
+            enough = KINDS[self.kind].collected(fed.rows.shape[1])
+            if sum(map(len, collected)) >= enough:
                 self._add_up(modules)
 
     def results(self) -> dict[str, Tensor]:

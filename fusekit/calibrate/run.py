@@ -116,8 +116,8 @@ def _instrument(
     if statistic not in KINDS:
         raise FusekitError(f"statistic: found {statistic!r}, expected {' or '.join(STATISTICS)}")
     names = linear_modules(model, modules)
-    shapes = [KINDS[statistic].shape(inputs_of(model.get_submodule(name))) for name in names]
-    _check_memory(sum(8 * torch.Size(shape).numel() for shape in shapes), max_memory)
+    inputs = [inputs_of(model.get_submodule(name)) for name in names]
+    _check_memory(sum(map(KINDS[statistic].held_bytes, inputs)), max_memory)
     return Capture(model, statistic, names)
 
 
