@@ -18,7 +18,7 @@ from fusekit import __version__
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.errors import RecipeError
 from fusekit.evaluate.configurations import statistic_of
-from fusekit.evaluate.measured_merge import MeasuredMerges
+from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.scores import relative_score
 from fusekit.evaluate.suite import Calibrates, Suite
 from fusekit.methods.base import Method
@@ -54,6 +54,7 @@ class Cells:
         out: folder whose `cells` and `statistics` hold what has been computed.
         seed: of random methods.
         threads: of every merge.
+        workers: where merges are measured.
         on_progress: called with the name of what is about to be computed.
     """
 
@@ -63,6 +64,7 @@ class Cells:
         out: Path,
         seed: int,
         threads: int | None,
+        workers: Workers,
         on_progress: Callable[[str], None],
     ) -> None:
         self.suite = suite
@@ -77,15 +79,8 @@ class Cells:
             for path in (suite.base, *suite.experts.values(), *suite.references.values())
         }
         self._evaluator = {"version": __version__, "evaluator": suite.evaluator.identity}
-        self._workers = {
-            torch: MeasuredMerges(torch=torch, threads=threads) for torch in (False, True)
-        }
+        self._workers = workers
         self._expert_scores: dict[str, float] | None = None
-
-    def close(self) -> None:
-        """End the processes that merge."""
-        for worker in self._workers.values():
-            worker.close()
 
     def outcomes(self, name: str, path: Path) -> Outcomes:
         """Scores of a given checkpoint on the reporting split, example by example."""
@@ -100,7 +95,7 @@ class Cells:
         def compute() -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 merged = Path(folder) / "merged"
-                cost = self._workers[method.matrix is not None].merge(recipe, merged)
+                cost = self._workers.of(method).merge(recipe, merged)
                 return {"cost": asdict(cost), "scores": self._score(merged)}
 
         key = {"split": self.suite.reporting, "datasets": self.suite.scored, "measured": True}

@@ -17,9 +17,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 from fusekit.errors import FusekitError, RecipeError
+
+if TYPE_CHECKING:
+    from fusekit.methods.base import Method
 
 REHEARSED_SECONDS = 2.0
 """Merges of less CPU time are done twice and measured the second time, with kernels loaded."""
@@ -31,6 +34,29 @@ class Cost:
 
     cpu_seconds: float
     peak_bytes: int
+
+
+class Workers:
+    """The processes that merge: one for methods that need torch, one for all others.
+
+    A context manager; leaving it ends them.
+    """
+
+    def __init__(self, threads: int | None = 1) -> None:
+        self._made = {
+            torch: MeasuredMerges(torch=torch, threads=threads) for torch in (False, True)
+        }
+
+    def of(self, method: Method) -> MeasuredMerges:
+        """The worker for a method."""
+        return self._made[method.matrix is not None]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for worker in self._made.values():
+            worker.close()
 
 
 class MeasuredMerges:
@@ -53,20 +79,32 @@ class MeasuredMerges:
         Raises:
             FusekitError: what the merge raised, or that its process died.
         """
+        order = {"recipe": dict(recipe), "out": str(out), "threads": self._threads}
+        try:
+            answer = json.loads(self._ask(json.dumps(order)) or '{"error": "the worker ended"}')
+        except BaseException:
+            self._kill()  # its answer must not be taken for that to the next order
+            raise
+        if "error" in answer:
+            raise (RecipeError if answer.get("recipe") else FusekitError)(answer["error"])
+        return Cost(**answer)
+
+    def _ask(self, order: str) -> str:
         if self._worker is None:
             pipe = subprocess.PIPE
             self._worker = subprocess.Popen(self._command, stdin=pipe, stdout=pipe, text=True)
         assert self._worker.stdin is not None and self._worker.stdout is not None
-        order = {"recipe": dict(recipe), "out": str(out), "threads": self._threads}
         try:
-            self._worker.stdin.write(json.dumps(order) + "\n")
+            self._worker.stdin.write(order + "\n")
             self._worker.stdin.flush()
         except BrokenPipeError:
             raise FusekitError("the worker ended") from None
-        answer = json.loads(self._worker.stdout.readline() or '{"error": "the worker ended"}')
-        if "error" in answer:
-            raise (RecipeError if answer.get("recipe") else FusekitError)(answer["error"])
-        return Cost(**answer)
+        return self._worker.stdout.readline()
+
+    def _kill(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+            self.close()
 
     def close(self) -> None:
         """End the worker."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from fusekit.errors import FusekitError
 from fusekit.evaluate.bootstrap import Resamples, interval, resample
 from fusekit.evaluate.cells import Cells, Outcomes, Tried, grouped, relative_means, write_whole
 from fusekit.evaluate.configurations import candidates, choose_methods
+from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.result import Reference, Row, SuiteResult
 from fusekit.evaluate.scores import relative_score
 from fusekit.evaluate.suite import Calibrates, Suite
@@ -28,6 +30,7 @@ def run_suite(
     seed: int = 0,
     resamples: int = 2000,
     threads: int | None = 1,
+    workers: Workers | None = None,
     on_progress: Callable[[str], None] | None = None,
 ) -> SuiteResult:
     """Compare merging methods on a suite.
@@ -45,6 +48,8 @@ def run_suite(
         seed: of random methods, of the tuning's draw and of the bootstrap.
         resamples: of the bootstrap.
         threads: of every merge; None for all processors. On one, CPU seconds are seconds.
+        workers: processes for measured merges, to be used by several suites in a row; own ones,
+            which are ended, by default.
         on_progress: called with the name of what is about to be computed.
 
     Raises:
@@ -60,14 +65,13 @@ def run_suite(
     if not chosen:
         reasons = "; ".join(f"{skip.method} {skip.reason}" for skip in skipped)
         raise FusekitError(f"suite {suite.name!r}: no method to run ({reasons})")
-    cells = Cells(suite, out, seed, threads, on_progress or (lambda name: None))
-    try:
+    say = on_progress or (lambda name: None)
+    with Workers(threads) if workers is None else nullcontext(workers) as merging:
+        cells = Cells(suite, out, seed, threads, merging, say)
         base = cells.outcomes("base", suite.base)
         experts = {task: cells.outcomes(task, path) for task, path in suite.experts.items()}
         named = {name: cells.outcomes(name, path) for name, path in suite.references.items()}
         configurations, failed = _run_methods(cells, chosen, budget)
-    finally:
-        cells.close()
     yardstick = _yardstick(suite, base, experts, resamples, seed)
     rows: list[Row] = []
     for found in configurations:

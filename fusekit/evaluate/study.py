@@ -19,6 +19,7 @@ import numpy as np
 from fusekit import __version__
 from fusekit.errors import FusekitError
 from fusekit.evaluate.cells import write_whole
+from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.result import Reference
 from fusekit.evaluate.runner import run_suite
 from fusekit.evaluate.suite import Suite
@@ -136,12 +137,13 @@ def run_study(
     say = on_progress or (lambda name: None)
     cells: list[StudyCell] = []
     failed: dict[str, str] = {}
-    for suite in suites:
-        for subset in drawn[suite.name]:
-            place = out / suite.name / "-".join(subset)
-            found, refused = _run_subset(suite, subset, methods, place, seed, say)
-            cells += found
-            failed |= refused
+    with Workers() as workers:
+        for suite in suites:
+            for subset in drawn[suite.name]:
+                place = out / suite.name / "-".join(subset)
+                found, refused = _run_subset(suite, subset, methods, place, seed, workers, say)
+                cells += found
+                failed |= refused
     if not cells:
         raise FusekitError("; ".join(f"{what}: {reason}" for what, reason in failed.items()))
     study = Study(tuple(cells), failed, seed)
@@ -155,6 +157,7 @@ def _run_subset(
     methods: Sequence[str],
     out: Path,
     seed: int,
+    workers: Workers,
     say: Callable[[str], None],
 ) -> tuple[list[StudyCell], dict[str, str]]:
     part = dataclasses.replace(suite, experts={task: suite.experts[task] for task in subset})
@@ -167,6 +170,7 @@ def _run_subset(
             out,
             budget=1,
             seed=seed,
+            workers=workers,
             on_progress=lambda name: say(f"{where}: {name}"),
         )
     except FusekitError as error:

@@ -89,7 +89,10 @@ def test_building_goes_on_where_it_stopped_and_gives_the_same(built: Path, tmp_p
         assert ours.read_bytes() == first.read_bytes()
 
 
-def test_methods_that_need_data_are_given_statistics(built: Path, tmp_path: Path) -> None:
+def test_methods_that_need_data_are_given_statistics(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "CALIBRATION_EXAMPLES", 64)
     methods = ["linear", "fisher", "regmean"]
     result = run_suite(load_suite(built), methods, tmp_path, budget=2, resamples=50)
     assert result.failed == {}

@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from fusekit.checkpoint.statistics import Statistics  # noqa: E402
 from fusekit.errors import FusekitError  # noqa: E402
+from fusekit.evaluate import vision  # noqa: E402
 from fusekit.evaluate.building import build_suite  # noqa: E402
 from fusekit.evaluate.runner import run_suite  # noqa: E402
 from fusekit.evaluate.suite import load_suite  # noqa: E402
@@ -148,8 +149,9 @@ def test_tasks_are_made_of_the_images(built: Path) -> None:
 
 
 def test_the_suite_merges_backbones_and_keeps_heads_beside_them(
-    built: Path, tmp_path: Path
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(vision.LIMITS, "train", 16)
     suite = load_suite(built)
     assert suite.tasks == tuple(task for task in TASKS if task != PRETRAINING_TASK)
     assert set(load_file(suite.base / "model.safetensors")) == set(
@@ -181,7 +183,7 @@ def test_scores_are_those_of_the_model_itself(built: Path) -> None:
         hidden = backbone(expert)(pixels).last_hidden_state[:, 0].numpy()
     guesses = (hidden @ head["weight"].T + head["bias"]).argmax(axis=1)
     found = suite.evaluator(expert, "validation", ["digits"])["digits"]
-    np.testing.assert_array_equal(found, guesses == known.labels)
+    np.testing.assert_array_equal(found, (guesses == known.labels)[:250])
     assert len(found) == 250
 
 
