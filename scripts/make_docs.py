@@ -309,7 +309,7 @@ def _relative(folder: Path) -> str:
 def _some_value(parameter: Parameter) -> Any:
     if parameter.kind == "choice":
         return parameter.choices[0]
-    if parameter.kind == "text":
+    if parameter.kind == "path":
         return f"{parameter.name}.safetensors"
     return parameter.check(1 if parameter.name == "weight" else 0.5)
 

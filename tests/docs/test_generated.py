@@ -6,11 +6,15 @@ import doctest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 
 import fusekit
 from fusekit.adapters import plan_adapters, write_adapter
+from fusekit.checkpoint.statistics import save_statistics
+from fusekit.errors import CheckpointError
 from fusekit.evaluate import digits
 from fusekit.methods import available
 from scripts import make_docs
@@ -20,6 +24,8 @@ from tests.docs.markdown import PAGES, ROOT, anchors, blocks, includes, label, l
 every_page = pytest.mark.parametrize("page", PAGES, ids=label)
 WRITTEN = [page for page in PAGES if page.parent != make_docs.PAGES]
 """Pages that people wrote."""
+
+DIGITS_WEIGHTS = digits.base() / "model.safetensors"
 
 TOKENIZING = [ROOT / "tests/vectors/mergekit_e2e/inputs" / name for name in ("tok_a", "tok_b")]
 """Two tiny models with vocabularies of their own."""
@@ -51,7 +57,11 @@ def test_a_minimal_recipe_can_be_planned(name: str, tmp_path: Path) -> None:
         entry["model"] = str(folder / entry["model"])
     if "base_model" in recipe:
         recipe["base_model"] = str(folder / recipe["base_model"])
-    fusekit.plan(recipe).close()
+    if available()[name].statistic is None:
+        fusekit.plan(recipe).close()
+    else:
+        with pytest.raises(CheckpointError, match=r"statistics\.safetensors: cannot be opened"):
+            fusekit.plan(recipe)
 
 
 @every_page
@@ -103,8 +113,22 @@ def test_recipes_in_the_text_can_be_planned(page: Path, tmp_path: Path) -> None:
                 recipe.write_text(text)
                 plan_adapters(fusekit.load_recipe(recipe))
                 continue
+            for entry in documents[0].get("models", []):
+                if "statistics" in entry.get("parameters", {}):
+                    write_grams(tmp_path / entry["parameters"]["statistics"])
             recipe.write_text(yaml.safe_dump_all(on_digits(documents)))
             fusekit.plan(recipe).close()
+
+
+def write_grams(path: Path) -> None:
+    """Gram matrices for every layer of a digit expert."""
+    shapes = {name: value.shape for name, value in load_file(DIGITS_WEIGHTS).items()}
+    grams = {
+        f"{name.removesuffix('.weight')}/gram": np.eye(shape[1], dtype=np.float32)
+        for name, shape in shapes.items()
+        if len(shape) == 2
+    }
+    save_statistics(path, grams, {})
 
 
 def on_digits(documents: list[dict[str, Any]]) -> list[dict[str, Any]]:
