@@ -118,7 +118,7 @@ class VisionEvaluator:
         self._images = ImageFile(images)
         self._heads = {task: _read_head(path) for task, path in heads.items()}
         self._known: dict[tuple[str, str], Images] = {}
-        digest = hashlib.sha256(images.read_bytes())
+        digest = hashlib.sha256(images.read_bytes() + repr(LIMITS).encode())
         for task in sorted(heads):
             digest.update(task.encode() + heads[task].read_bytes())
         self.identity = f"vision {digest.hexdigest()}"
