@@ -25,6 +25,9 @@ from fusekit.evaluate.suite import Settings, only_known
 BATCH = 32
 """Sentences in one forward pass."""
 
+CANDIDATES = 10
+"""Second halves among which a first half has to find its own: chance is a tenth."""
+
 PADDING = -1
 """What fills the rows of shorter sentences."""
 
@@ -151,10 +154,15 @@ def classify(encoded: NDArray[np.float32], head: Head) -> NDArray[np.int64]:
 
 
 def matched(encoded: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Whether each first half is most similar to its own second half, of all second halves.
+    """Whether each first half is most similar to its own second half, of `CANDIDATES` neighbours.
 
     Args:
-        encoded: unit-length features of n first halves, then of their n second halves.
+        encoded: unit-length features of n first halves, then of their n second halves. Halves are
+            compared in runs of `CANDIDATES`, the last of which may be shorter.
     """
     first, second = np.split(encoded, 2)
-    return np.asarray(np.argmax(first @ second.T, axis=1) == np.arange(len(first)))
+    found = []
+    for start in range(0, len(first), CANDIDATES):
+        own = first[start : start + CANDIDATES] @ second[start : start + CANDIDATES].T
+        found.append(np.argmax(own, axis=1) == np.arange(len(own)))
+    return np.concatenate(found)

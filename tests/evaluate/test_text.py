@@ -94,6 +94,12 @@ def test_halves_match_their_own_and_no_other() -> None:
     np.testing.assert_array_equal(matched(np.concatenate([first, second])), [1, 1, 0, 0])
 
 
+def test_halves_compete_with_their_neighbours_only() -> None:
+    first = np.eye(text.CANDIDATES, dtype=np.float32)
+    twice = np.concatenate([first, first, first[:3]])
+    assert matched(np.concatenate([twice, twice])).all()
+
+
 def test_training_moves_the_encoder_to_where_the_head_is_right(encoder: Path) -> None:
     model = model_of(encoder)
     rng = np.random.default_rng(0)
