@@ -21,6 +21,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK_ELEMENTS = 131072
 """Default block: its decoded rows stay in the cache, and Python's share of the work is small."""
 
+LONG_BLOCK = 8
+"""How many blocks are one where the operands lie in memory and nothing of them is decoded."""
+
 MAX_VIEWS = 256
 """Views of working memory that are remembered; shapes beyond the usual few are the tails."""
 
@@ -209,7 +212,10 @@ class BlockReader:
 
     def blocks(self, request: Request, start: int, stop: int) -> Iterator[Block]:
         """The blocks of `[start, stop)`, cut at multiples of the request's unit."""
-        step = block_length(request.unit(self.planned.shape), self.space.block_elements)
+        elements = self.space.block_elements
+        if request.in_registers and self._kind is not None and isinstance(self.fetch, Resident):
+            elements *= LONG_BLOCK
+        step = block_length(request.unit(self.planned.shape), elements)
         self._deltas = request.deltas and self.planned.base is not None
         for begin in range(start, stop, step):
             self._special[:] = 0

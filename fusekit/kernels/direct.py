@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fusekit.kernels import norms
+from fusekit.kernels import norms, random
 from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -203,6 +203,171 @@ def sums(bits: Array, start: int, size: int, what: int, out: Array) -> None:
             for i in range(norms.LANES):
                 total += lanes[i]
             out[granule, r] = total
+
+
+@njit(nogil=True, cache=True)
+def _draw(position: int, key: np.uint64, pairs: Array) -> tuple[np.uint32, np.uint32]:
+    """Hashes for the run of 1024 entries at `position`, as `random.drop` takes its draws from them.
+
+    Returns the keys of the granule.
+    """
+    granule, offset = divmod(position, _GRANULE)
+    first, second = random.granule_keys(key, granule)
+    at = offset // random.RUN * random.HALF
+    for i in range(random.HALF):
+        pairs[i] = random.pair(at + i, first, second)
+    return first, second
+
+
+@njit(nogil=True, cache=True)
+def _is_dropped(
+    entry: int,
+    position: int,
+    pairs: Array,
+    threshold: np.uint32,
+    rest: float,
+    first: np.uint32,
+    second: np.uint32,
+) -> bool:
+    """Whether an entry of a run whose first draw is the threshold is dropped by its second."""
+    lane = entry % random.HALF
+    upper = entry >= random.HALF
+    draw = np.uint32(pairs[lane] >> np.uint32(16)) if upper else np.uint32(pairs[lane] & random.LOW)
+    if draw != threshold:
+        return False
+    return bool(random.second_draw(position % _GRANULE + entry, first, second) >= rest)
+
+
+@njit(nogil=True, cache=True)
+def _add_sizes(
+    model: Array, base: Array, pairs: Array, upper: bool, threshold: np.uint32, sizes: Array
+) -> bool:
+    """sizes += magnitudes of half a run's updates, and of the kept ones; whether any draw ties."""
+    whole, kept = sizes[0], sizes[1]
+    shift = np.uint32(16 if upper else 0)
+    zero = np.float32(0)
+    tied = np.uint32(0)
+    for i in range(model.size):
+        size = abs(from_bf16(model[i]) - from_bf16(base[i]))
+        draw = np.uint32(np.uint32(pairs[i] >> shift) & random.LOW)
+        whole[i] += size
+        kept[i] += size if draw <= threshold else zero
+        tied |= np.uint32(draw == threshold)
+    return bool(tied != 0)
+
+
+@njit(nogil=True, cache=True)
+def drop_sums(
+    bits: Array,
+    start: int,
+    size: int,
+    position: int,
+    keys: Array,
+    densities: Array,
+    out: Array,
+) -> None:
+    """Sums of magnitudes of task vectors before and after random drops: (granules, 2 models).
+
+    `position`, a multiple of a granule, is where in the tensor the elements begin. A lane sums 16
+    magnitudes in float32 before float64 takes over.
+    """
+    models = bits.shape[0] - 1
+    pairs = np.empty(random.HALF, np.uint32)
+    sizes = np.empty((2, random.HALF), np.float32)
+    lanes = np.empty((2, random.HALF), np.float64)
+    for granule in range(out.shape[0]):
+        begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
+        for r in range(models):
+            threshold, rest = random.thresholds(densities[r])
+            sizes[:] = np.float32(0)
+            dropped = np.float64(0.0)
+            for at in range(begin, end, random.RUN):
+                first, second = _draw(position + at, keys[r], pairs)
+                a, c = start + at, start + min(at + random.RUN, end)
+                b = min(a + random.HALF, c)
+                base = bits[models]
+                tied = _add_sizes(bits[r, a:b], base[a:b], pairs, False, threshold, sizes)
+                tied |= _add_sizes(bits[r, b:c], base[b:c], pairs, True, threshold, sizes)
+                if tied:
+                    for i in range(c - a):
+                        if _is_dropped(i, position + at, pairs, threshold, rest, first, second):
+                            excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
+                            dropped += abs(np.float64(excess))
+            for which in range(2):
+                for i in range(random.HALF):
+                    lanes[which, i] = np.float64(sizes[which, i])
+                out[granule, which * models + r] = _folded(lanes[which])
+            out[granule, models + r] -= dropped
+
+
+@njit(nogil=True, cache=True)
+def _add_kept(
+    model: Array,
+    base: Array,
+    pairs: Array,
+    upper: bool,
+    threshold: np.uint32,
+    weight: float,
+    total: Array,
+) -> bool:
+    """total += weight * the kept updates of half a run; whether any draw ties."""
+    shift = np.uint32(16 if upper else 0)
+    zero = np.float32(0)
+    tied = np.uint32(0)
+    for i in range(model.size):
+        update = from_bf16(model[i]) - from_bf16(base[i])
+        draw = np.uint32(np.uint32(pairs[i] >> shift) & random.LOW)
+        total[i] += weight * np.float64(update if draw <= threshold else zero)
+        tied |= np.uint32(draw == threshold)
+    return bool(tied != 0)
+
+
+@njit(nogil=True, cache=True)
+def drop_weighted_sum(
+    bits: Array,
+    start: int,
+    position: int,
+    keys: Array,
+    densities: Array,
+    weights: Array,
+    out: Array,
+) -> bool:
+    """out = the bfloat16 nearest to base + sum_i weights[i] * task vector i after random drops.
+
+    `position`, a multiple of a granule, is where in the tensor the elements begin. Returns False
+    as `weighted_sum` does.
+    """
+    models = bits.shape[0] - 1
+    base = bits[models]
+    pairs = np.empty(random.HALF, np.uint32)
+    totals = np.empty(random.RUN, np.float64)
+    for at in range(0, out.size, random.RUN):
+        part = out[at : at + random.RUN]
+        a, c = start + at, start + at + part.size
+        b = min(a + random.HALF, c)
+        total = totals[: part.size]
+        lower, upper = total[: b - a], total[b - a :]
+        origin = base[a:c]
+        total[:] = 0.0
+        for r in range(models):
+            threshold, rest = random.thresholds(densities[r])
+            first, second = _draw(position + at, keys[r], pairs)
+            weight = weights[r]
+            tied = _add_kept(bits[r, a:b], base[a:b], pairs, False, threshold, weight, lower)
+            tied |= _add_kept(bits[r, b:c], base[b:c], pairs, True, threshold, weight, upper)
+            if tied:
+                for i in range(part.size):
+                    if _is_dropped(i, position + at, pairs, threshold, rest, first, second):
+                        excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
+                        total[i] -= weight * np.float64(excess)
+        largest = np.uint32(0)
+        for i in range(part.size):
+            value = np.float32(total[i] + np.float64(from_bf16(origin[i])))
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= OVERFLOW:
+            return False
+    return True
 
 
 @njit(nogil=True, cache=True)

@@ -10,9 +10,11 @@ from numba import njit
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _GRANULE = 8192
-_RUN = 1024
-_HALF = 512
-_LOW = np.uint32(0xFFFF)
+RUN = 1024
+"""Entries that share their hashes: a half of them each half a hash."""
+
+HALF = 512
+LOW = np.uint32(0xFFFF)
 _C1 = np.uint32(0x7FEB352D)
 _C2 = np.uint32(0x846CA68B)
 
@@ -26,7 +28,7 @@ def _mix64(x: np.uint64) -> np.uint64:
 
 
 @njit(nogil=True, cache=True)
-def _granule_keys(key: np.uint64, granule: int) -> tuple[np.uint32, np.uint32]:
+def granule_keys(key: np.uint64, granule: int) -> tuple[np.uint32, np.uint32]:
     """Two 32-bit keys for one granule of positions."""
     hashed = _mix64(_mix64(key + np.uint64(granule) * np.uint64(0x9E3779B97F4A7C15)) ^ key)
     return np.uint32(hashed & np.uint64(0xFFFFFFFF)), np.uint32(hashed >> np.uint64(32))
@@ -52,7 +54,7 @@ def uniform_bits(key: np.uint64, start: int, out: Array) -> None:
     while i < out.size:
         granule, offset = divmod(start + i, _GRANULE)
         run = min(out.size - i, _GRANULE - offset)
-        first, second = _granule_keys(key, granule)
+        first, second = granule_keys(key, granule)
         part = out[i : i + run]
         for j in range(run):
             part[j] = _hash(offset + j, first, second)
@@ -60,10 +62,24 @@ def uniform_bits(key: np.uint64, start: int, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _pair(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
+def pair(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
     """A hash whose both halves are well mixed: two 16-bit draws."""
     h = _hash(offset, first, second)
     return np.uint32(h ^ (h >> np.uint32(16)))
+
+
+@njit(nogil=True, cache=True)
+def second_draw(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
+    """32 bits that decide where the first draw equals the threshold."""
+    return np.uint32(_hash(offset, second, first))
+
+
+@njit(nogil=True, cache=True)
+def thresholds(density: float) -> tuple[np.uint32, float]:
+    """What the first draw is compared with, and the second where the first is equal."""
+    scaled = density * 65536.0
+    threshold = np.uint32(min(np.floor(scaled), 65535.0))
+    return threshold, min((scaled - np.float64(threshold)) * 4294967296.0, 4294967296.0)
 
 
 @njit(nogil=True, cache=True)
@@ -76,10 +92,10 @@ def _settle_ties(
     """
     zero = part.dtype.type(0)
     for i in range(part.size):
-        run, lane = divmod(offset + i, _RUN)
-        pair = _pair(run * _HALF + lane % _HALF, first, second)
-        draw = np.uint32(pair & _LOW) if lane < _HALF else np.uint32(pair >> np.uint32(16))
-        if draw == threshold and not _hash(offset + i, second, first) < rest:
+        run, lane = divmod(offset + i, RUN)
+        both = pair(run * HALF + lane % HALF, first, second)
+        draw = np.uint32(both & LOW) if lane < HALF else np.uint32(both >> np.uint32(16))
+        if draw == threshold and not second_draw(offset + i, first, second) < rest:
             part[i] = zero
 
 
@@ -91,29 +107,27 @@ def drop(row: Array, density: float, key: np.uint64, start: int) -> None:
     entry 512 + l the upper. A draw of 16 bits settles all but one entry in 65,536; for those a
     second one of 32 bits is taken.
     """
-    scaled = density * 65536.0
-    threshold = np.uint32(min(np.floor(scaled), 65535.0))
-    rest = min((scaled - np.float64(threshold)) * 4294967296.0, 4294967296.0)
+    threshold, rest = thresholds(density)
     zero = row.dtype.type(0)
-    pairs = np.empty(_HALF, np.uint32)
+    pairs = np.empty(HALF, np.uint32)
     i = 0
     while i < row.size:
         granule, offset = divmod(start + i, _GRANULE)
-        first, second = _granule_keys(key, granule)
-        run, lane = divmod(offset, _RUN)
-        count = min(row.size - i, _RUN - lane)
+        first, second = granule_keys(key, granule)
+        run, lane = divmod(offset, RUN)
+        count = min(row.size - i, RUN - lane)
         part = row[i : i + count]
-        for j in range(_HALF):
-            pairs[j] = _pair(run * _HALF + j, first, second)
+        for j in range(HALF):
+            pairs[j] = pair(run * HALF + j, first, second)
         ties = np.uint32(0)
-        lower = part[: max(_HALF - lane, 0)]
-        draws = pairs[min(lane, _HALF) :]
+        lower = part[: max(HALF - lane, 0)]
+        draws = pairs[min(lane, HALF) :]
         for j in range(lower.size):
-            draw = np.uint32(draws[j] & _LOW)
+            draw = np.uint32(draws[j] & LOW)
             ties |= np.uint32(draw == threshold)
             lower[j] = lower[j] if draw <= threshold else zero
         upper = part[lower.size :]
-        draws = pairs[max(lane - _HALF, 0) :]
+        draws = pairs[max(lane - HALF, 0) :]
         for j in range(upper.size):
             draw = np.uint32(draws[j] >> np.uint32(16))
             ties |= np.uint32(draw == threshold)

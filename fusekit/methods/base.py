@@ -232,6 +232,9 @@ class Request(ABC):
     deltas: ClassVar[bool] = False
     """Whether rows are handed over as task vectors (model - base)."""
 
+    in_registers: ClassVar[bool] = False
+    """Whether packed blocks are as a rule worked on without a decoded row: they may be long."""
+
     def unit(self, shape: tuple[int, ...]) -> int:
         """Blocks are cut at multiples of this many elements (1: anywhere)."""
         return 1

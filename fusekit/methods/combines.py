@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from fusekit import kernels
 from fusekit.methods.base import Block, Combine, Copy
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Linear(Combine):
     """base_weight * base + sum_i weights[i] * models[i], accumulated in float64."""
+
+    in_registers: ClassVar[bool] = True
 
     weights: tuple[float, ...]
     base_weight: float = 0.0

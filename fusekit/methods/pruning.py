@@ -17,6 +17,7 @@ from fusekit.methods.base import (
     Cumulative,
     OrderStatistics,
     OrderValue,
+    Packed,
     Remark,
     Request,
     Scope,
@@ -132,7 +133,15 @@ class OnPruned(Request):
 
     deltas: ClassVar[bool] = True
 
+    runs_programs: ClassVar[bool] = False
+    """Whether packed blocks are worked on by the prunings' program."""
+
     prunings: Prunings
+
+    @property
+    def in_registers(self) -> bool:  # type: ignore[override]
+        steps = (type(pruning).step for pruning in self.prunings)
+        return self.runs_programs and Pruning.step not in steps
 
     def unit(self, shape: tuple[int, ...]) -> int:
         return max((pruning.unit(shape) for pruning in self.prunings), default=1)
@@ -334,6 +343,8 @@ class Ordered(OnPruned, OrderStatistics):
 class Magnitudes(Ordered):
     """Largest magnitudes of the task vectors, one row per model."""
 
+    runs_programs: ClassVar[bool] = True
+
     def values(self, block: Block) -> Array:
         return prune(block, self.prunings)
 
@@ -397,11 +408,31 @@ class TiesBefore(Cumulative):
                 out[grain, column] = kernels.order.count_equal(part[row], equal)
 
 
+def random_drops(
+    tensor: Tensor, packed: Packed | None, prunings: Prunings
+) -> tuple[Array, Array] | None:
+    """(keys, densities) of the models where all prunings are random drops of bfloat16 models."""
+    import numpy as np
+
+    if packed is None or packed.kind != kernels.tiles.BF16:
+        return None
+    densities = [1.0] * tensor.models
+    for pruning in prunings:
+        if not isinstance(pruning, RandomDrop) or densities[pruning.model] != 1.0:
+            return None
+        if explicit_mask(tensor, pruning.model) is not None:
+            return None
+        densities[pruning.model] = pruning.density
+    return np.array(tensor.keys, np.uint64), np.array(densities)
+
+
 def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, out: Array) -> None:
     """Sums of the pruned task vectors per grain and model; `unpruned` puts those before in front.
 
     `what` is one of `kernels.norms`' sums.
     """
+    import numpy as np
+
     grain = request.grain(block.tensor.shape)
     if not request.prunings:
         delta_sums(block, what, grain, out[:, -block.tensor.models :])
@@ -409,6 +440,12 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
             out[:, : block.tensor.models] = out[:, -block.tensor.models :]
         return
     program, packed = request.program(block), block.packed
+    drops = random_drops(block.tensor, packed, request.prunings)
+    if unpruned and what == kernels.norms.MAGNITUDES and packed is not None and drops is not None:
+        bits, position = (packed.bits, packed.start, block.size), block.start
+        kernels.direct.drop_sums(*bits, position, *drops, out)
+        if np.isfinite(out).all():
+            return
     if program is not None and packed is not None and grain == GRANULE:
         place = packed.bits, packed.kind, packed.start, block.size, block.start
         with program.on(block) as steps:
@@ -424,6 +461,8 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
 @dataclass(frozen=True, eq=False)
 class PrunedSums(OnPruned, Additive):
     """sum |v| of every task vector before and after pruning: (2, models)."""
+
+    runs_programs: ClassVar[bool] = True
 
     scope: Scope = "tensor"
 

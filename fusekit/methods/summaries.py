@@ -22,6 +22,10 @@ class Gram(Additive):
 
     models: int
 
+    @property
+    def in_registers(self) -> bool:  # type: ignore[override]
+        return self.models == 2
+
     def width(self, tensor: Tensor) -> int:
         return self.models * (self.models + 1) // 2
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
 from fusekit.methods.base import (
@@ -38,6 +38,7 @@ from fusekit.methods.pruning import (
     leave,
     match_l1,
     prune,
+    random_drops,
     trim_exact,
     trim_threshold,
     trimming,
@@ -57,7 +58,19 @@ _MERGES = {"mean": 0, "sum": 1, "max": 2}
 class PrunedSum(OnPruned, Combine):
     """base + sum_i weights[i] * pruned delta_i."""
 
+    runs_programs: ClassVar[bool] = True
+
     weights: tuple[float, ...]
+
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        packed = block.packed
+        drops = random_drops(block.tensor, packed, self.prunings)
+        if packed is None or drops is None:
+            return False
+        place = packed.bits, packed.start, block.start
+        return bool(kernels.direct.drop_weighted_sum(*place, *drops, np.array(self.weights), out))
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
@@ -76,6 +89,8 @@ class PrunedSum(OnPruned, Combine):
 @dataclass(frozen=True, eq=False)
 class ElectedMerge(OnPruned, Combine):
     """base + scale * merge of the pruned deltas that agree with the elected sign."""
+
+    runs_programs: ClassVar[bool] = True
 
     ballots: tuple[float, ...]
     weights: tuple[float, ...]
@@ -188,6 +203,8 @@ class SignBalance(OnPruned, Additive):
 @dataclass(frozen=True, eq=False)
 class SquaredNorms(OnPruned, Additive):
     """Squared norm of every pruned task vector."""
+
+    runs_programs: ClassVar[bool] = True
 
     scope: Scope = "group"
 

@@ -27,16 +27,17 @@ EXACT = [
     ("multislerp", {}, {"weight": 0.4}),
     ("karcher", {}, {}),
     ("model_stock", {}, {}),
-    ("dare_linear", {"density": 0.5}, {}),
+    ("dare_linear", {"density": 0.5, "rescale": "inverse"}, {}),
     ("dare_linear", {"density": 0.4, "rescale": "inverse", "strategy": "magnitude"}, {}),
     ("dare_linear", {"density": 0.5, "weight_format": "finetuned"}, {}),
     ("breadcrumbs", {"density": 0.3, "gamma": 0.02}, {}),
 ]
-ELECTED = [
+ROUNDED = [
     ("ties", {"density": 0.2}, {}),
     ("ties", {"density": 0.3, "rule": "threshold", "zero": "majority"}, {}),
     ("ties", {"density": 0.3, "election": "normmass", "merge": "max"}, {}),
     ("dare_ties", {"density": 0.5, "mask_rate": 0.7}, {}),
+    ("dare_linear", {"density": 0.5}, {}),
     ("breadcrumbs_ties", {"density": 0.3, "gamma": 0.02}, {}),
     ("della", {"density": 0.5, "epsilon": 0.1}, {}),
     ("sce", {"select_topk": 0.3}, {}),
@@ -90,8 +91,8 @@ def test_sums_are_the_same(
 
 @pytest.mark.parametrize("granularity", ["tensor", "model"])
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(("name", "parameters", "own"), ELECTED)
-def test_elections_are_the_same_to_one_rounding(
+@pytest.mark.parametrize(("name", "parameters", "own"), ROUNDED)
+def test_elections_and_scales_are_the_same_to_one_rounding(
     name: str,
     parameters: Any,
     own: Any,

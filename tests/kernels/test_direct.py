@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fusekit.kernels import direct, elect, floats, gram, norms, order
+from fusekit.kernels import direct, elect, floats, gram, linear, norms, order, random
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -82,6 +82,43 @@ def test_sums_of_task_vectors_are_those_of_decoded_rows(size: int, what: int) ->
     direct.sums(bits, 3, size, what, out)
     norms.sums(values[:2] - values[2], what, 8192, expected)
     np.testing.assert_array_equal(out, expected)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_random_drops_are_those_of_decoded_rows(size: int) -> None:
+    values, bits = operands(4, size, seed=10)
+    keys, position = np.array([5, 6, 7], np.uint64), 3 * 8192
+    # The second density is half a step between 16-bit draws; the third drops nothing.
+    densities, weights = np.array([0.4, 2000.5 / 65536, 1.0]), np.array([0.5, 3.0, -1.0])
+    deltas = values[:3] - values[3]
+    before, after = np.empty((-(-size // 8192), 3)), np.empty((-(-size // 8192), 3))
+    norms.sums(deltas, norms.MAGNITUDES, 8192, before)
+    for row, density, key in zip(deltas, densities, keys, strict=True):
+        random.drop(row, density, key, position)
+    norms.sums(deltas, norms.MAGNITUDES, 8192, after)
+    out = np.empty((-(-size // 8192), 6))
+    direct.drop_sums(bits, 3, size, position, keys, densities, out)
+    np.testing.assert_allclose(out, np.hstack([before, after]), rtol=1e-6)
+    merged, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
+    assert direct.drop_weighted_sum(bits, 3, position, keys, densities, weights, merged)
+    linear.weighted_sum(deltas, weights, values[3], 1.0, expected)
+    np.testing.assert_array_equal(merged, expected.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+def test_ties_of_the_first_draw_are_settled_by_the_second() -> None:
+    size, density = 1 << 20, 30_000.5 / 65536
+    bits = np.zeros((2, size), np.uint16)
+    bits[0] = np.float32(1.0).astype(ml_dtypes.bfloat16).view(np.uint16)
+    keys, row = np.array([11], np.uint64), np.ones(size, np.float32)
+    random.drop(row, density, keys[0], 0)
+    merged, out = np.empty(size, np.uint16), np.empty((size // 8192, 2))
+    assert direct.drop_weighted_sum(bits, 0, 0, keys, np.array([density]), np.ones(1), merged)
+    direct.drop_sums(bits, 0, size, 0, keys, np.array([density]), out)
+    np.testing.assert_array_equal(merged != 0, row != 0)
+    np.testing.assert_array_equal(out[:, 1], row.reshape(-1, 8192).sum(axis=1))
+    sure = np.ones(size, np.float32)
+    random.drop(sure, 30_001 / 65536, keys[0], 0)
+    assert 0 < np.count_nonzero(sure != row) < 40  # one in 65,536 depends on the second draw
 
 
 @pytest.mark.parametrize("size", SIZES)
