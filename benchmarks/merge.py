@@ -3,8 +3,9 @@
     python -m benchmarks.merge --parameters 0.5e9 --models 3 --threads 2 --out bench-out
 
 For every method the inputs it reads are first copied through a buffer (read all, write one output,
-by as many threads), then merged; both costs are CPU seconds of user and system time. Start-up (interpreter, imports,
-loading cached kernels) is measured by the same command on a tiny checkpoint and reported apart.
+by as many threads), then merged; both costs are CPU seconds of user and system time. Start-up
+(interpreter, imports, loading cached kernels) is measured by the same command on a tiny checkpoint
+and reported apart.
 Writes `results.json` and `results.md`.
 """
 
@@ -49,6 +50,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ram": {},
     "ramplus": {},
     "dare_linear": {"parameters": {"density": 0.5}},
+    "dare_linear@inverse": {"parameters": {"density": 0.5, "rescale": "inverse"}},
     "dare_ties": {"parameters": {"density": 0.5}},
     "ties": {"parameters": {"density": 0.2}},
     "ties@model": {"parameters": {"density": 0.2}, "granularity": "model"},
@@ -62,6 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "consensus": {},
     "tall_masks": {},
     "emr": {},
+    "localize_and_stitch": {"parameters": {"density": 0.1}},
     "passthrough": {},
 }
 """Recipe settings per benchmark; `method@label` runs a method under other settings."""
