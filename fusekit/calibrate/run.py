@@ -60,7 +60,8 @@ def measure(
         out: the file to write. What has been measured so far is kept in `<out>.partial`.
         statistic: `gram`, `mean` or `norm` of the inputs of linear layers, or `fisher`.
         modules: regular expression of the layers' names (not for `fisher`).
-        estimator, seed: of `fisher`.
+        estimator: of `fisher`.
+        seed: of `fisher`.
         max_memory: refuse to begin if the accumulators need more bytes.
         resume: go on from `<out>.partial`; False starts over.
         about: what the data was, for the file's metadata.
@@ -196,8 +197,11 @@ def measure_folder(
         model: folder with config, weights and tokenizer.
         data: `.txt`, `.jsonl`, `.parquet`, `.arrow` or `.feather`, see `read_documents`.
         out: the file of statistics to write.
-        samples, length, batch: sequences in all, tokens each, and sequences at a time.
-        text, label: names of the data's fields.
+        samples: sequences in all.
+        length: tokens of each.
+        batch: sequences at a time.
+        text: name of the data's field of texts.
+        label: name of the data's field of labels.
         device: where the model runs.
 
     Remaining arguments and errors as of `measure`.

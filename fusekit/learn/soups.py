@@ -112,7 +112,8 @@ def greedy_soup(
     Args:
         models: `{name: array}` per model, NumPy arrays or torch tensors, all alike.
         score: takes a state dict, returns a number; larger is better.
-        accept, minimum_gain: see `select`.
+        accept: see `select`.
+        minimum_gain: see `select`.
 
     Raises:
         CheckpointError: tensors of the models do not match.
@@ -156,7 +157,8 @@ def greedy_soup_folder(
         command: a command line that prints a number last; `{model}` in it stands for the folder of
             the candidate (appended if it does not appear). No shell is involved.
         out: the folder to create.
-        accept, minimum_gain: see `select`.
+        accept: see `select`.
+        minimum_gain: see `select`.
         threads: of the merges.
         overwrite: replace `out` if it exists, once the soup is chosen.
         on_score: called with the indices of the models of every candidate and its score.

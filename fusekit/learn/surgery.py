@@ -77,7 +77,9 @@ def fit_surgery(
 
     Args:
         batches: per task, pairs of features of the merged model and of the expert.
-        rank, lr, steps: size and training of each task's module.
+        rank: of each task's module.
+        lr: of its training.
+        steps: of its training.
         surgery: the module to train further; a new one by default.
 
     Raises:
@@ -180,7 +182,9 @@ def fit_deep_surgery(
         experts: by task, the expert, built like the merged model.
         batches: by task, unlabelled inputs as of `fusekit.calibrate`; repeated until `steps`.
         blocks: name of the list of blocks, such as `model.layers`.
-        rank, steps, lr: size and training of each task's modules.
+        rank: of each task's modules.
+        steps: of their training.
+        lr: of their training.
 
     Raises:
         FusekitError: no such list of blocks, or an expert is missing. A task without any batch is
