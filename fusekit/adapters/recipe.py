@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.references import exists, parse_reference
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.errors import FusekitError, RecipeError, did_you_mean
+from fusekit.memory import peak_memory
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
 from fusekit.recipe.parameters import Lookup, read_level
@@ -373,7 +373,7 @@ def merge_planned(
         bytes_written=sum(sizes),
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        peak_rss=peak_memory(),
     )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from fusekit.engine.planner import plan_checkpoints, plan_recipe
 from fusekit.engine.remote_output import merge_to_url
 from fusekit.engine.stages import is_made, stages_folder
 from fusekit.errors import FusekitError, RecipeError
+from fusekit.memory import peak_memory
 from fusekit.methods.base import Granularity
 from fusekit.methods.registry import find
 from fusekit.recipe.schema import Recipe, load_recipe
@@ -190,14 +190,10 @@ def _merge_locally(
                 bytes_written=0,
                 seconds=0.0,
                 cpu_seconds=0.0,
-                peak_rss=_peak_rss(),
+                peak_rss=peak_memory(),
                 warnings=plan.warnings,
             )
         return run(plan, target)
-
-
-def _peak_rss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _target(out: str | Path | None) -> Path:
@@ -288,7 +284,7 @@ def run_plan(
         bytes_written=execution.bytes_written,
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss=_peak_rss(),
+        peak_rss=peak_memory(),
         nonfinite=tuple(execution.nonfinite),
         overflows=execution.overflows,
         warnings=(*plan.warnings, *execution.remarks),
