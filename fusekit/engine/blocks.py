@@ -144,18 +144,28 @@ class Streaming:
         return raw
 
     def bits(self, start: int, stop: int) -> tuple[Array, int]:
-        planned, space = self._planned, self._space
-        indices = planned.operand_indices()
-        bits = space.scratch("bits", (len(indices), stop - start), np.uint16)
-        for index in indices:
-            ref = planned.operand(index)
-            row = bits[index].view(np.uint8)
-            space.read(self._sources[ref.source], ref.name, start, stop, row)
+        bits = self.buffer(stop - start)
+        self.read_bits(start, stop, bits)
         return bits, 0
+
+    def buffer(self, elements: int) -> Array:
+        """Room for so many 16-bit elements of every operand."""
+        shape = (len(self._planned.operand_indices()), elements)
+        return self._space.scratch("bits", shape, np.uint16)
+
+    def read_bits(self, start: int, stop: int, out: Array) -> None:
+        """Elements `[start, stop)` of every operand, the base last."""
+        for index in self._planned.operand_indices():
+            ref = self._planned.operand(index)
+            row = out[index].view(np.uint8)
+            self._space.read(self._sources[ref.source], ref.name, start, stop, row)
 
 
 class Resident:
-    """Reads the whole tensor of every operand once; blocks are slices of it."""
+    """Holds the whole tensor of every operand, each element read once; blocks are slices of it.
+
+    The first scan reads as it goes, so that it finds what it reads in the cache.
+    """
 
     def __init__(
         self, planned: PlannedTensor, sources: list[TensorSource], space: Workspace
@@ -164,6 +174,7 @@ class Resident:
         self._planned = planned
         self._held: dict[int, Array] = {}
         self._bits: Array | None = None
+        self._read = 0
 
     def raw(self, index: int, start: int, stop: int) -> Array:
         width = self._planned.operand(index).dtype.itemsize
@@ -172,9 +183,19 @@ class Resident:
         return self._held[index][start * width : stop * width]
 
     def bits(self, start: int, stop: int) -> tuple[Array, int]:
+        size = self._planned.size
         if self._bits is None:
-            self._bits, _ = self._whole.bits(0, self._planned.size)
+            self._bits = self._whole.buffer(size)
+        if stop > self._read:
+            end = stop if start <= self._read else size
+            self._whole.read_bits(self._read, end, self._bits[:, self._read : end])
+            self._read = end
         return self._bits, start
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything has been read."""
+        return self._read == self._planned.size
 
 
 KINDS = {"BF16": 0, "F16": 1}
@@ -213,7 +234,8 @@ class BlockReader:
     def blocks(self, request: Request, start: int, stop: int) -> Iterator[Block]:
         """The blocks of `[start, stop)`, cut at multiples of the request's unit."""
         elements = self.space.block_elements
-        if request.in_registers and self._kind is not None and isinstance(self.fetch, Resident):
+        held = isinstance(self.fetch, Resident) and self.fetch.is_complete
+        if request.in_registers and self._kind is not None and held:
             elements *= LONG_BLOCK
         step = block_length(request.unit(self.planned.shape), elements)
         self._deltas = request.deltas and self.planned.base is not None
