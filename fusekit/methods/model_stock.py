@@ -14,6 +14,9 @@ from fusekit.methods.summaries import DeltaGram, Matrix, RowGram
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
+_AWAY = -0.1
+"""An interpolation ratio below this is no accident of nearly orthogonal task vectors."""
+
 _SINGULAR = 1e-6
 """Below this, 1 + (N - 1) c is rounding: the offsets cancel and their average says nothing."""
 
@@ -43,7 +46,7 @@ def _model_stock(tensor: Tensor) -> Generator[Summary, Any, Combine]:
         return IndexedLinear(_row_weights(grams, n, clip), tensor.shape[-1])
     gram = yield DeltaGram(n)
     ratio = interpolation_ratio(mean_cosine(gram), n, clip)
-    if ratio < -0.01:
+    if ratio < _AWAY:
         yield Remark("model_stock: task vectors point away from each other: t < 0; see clip")
     return move([ratio / n] * n, has_base=True)
 
