@@ -29,6 +29,17 @@ OVERFLOW = 0x7F7F8000
 
 
 @njit(nogil=True, cache=True)
+def _all_finite(bits: Array, start: int, stop: int) -> bool:
+    """Whether no operand has a NaN or infinite entry."""
+    largest = np.uint16(0)
+    for r in range(bits.shape[0]):
+        row = bits[r, start:stop]
+        for i in range(row.size):
+            largest = max(largest, np.uint16(row[i] & np.uint16(0x7FFF)))
+    return int(largest) < 0x7F80
+
+
+@njit(nogil=True, cache=True)
 def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
     """The weighted sum of at most four operands, encoded; the largest magnitude's bits."""
     n = weights.size
@@ -344,6 +355,8 @@ def drop_weighted_sum(
     for at in range(0, out.size, random.RUN):
         part = out[at : at + random.RUN]
         a, c = start + at, start + at + part.size
+        if not _all_finite(bits, a, c):  # what is dropped would not show in the result
+            return False
         b = min(a + random.HALF, c)
         total = totals[: part.size]
         lower, upper = total[: b - a], total[b - a :]
@@ -368,17 +381,6 @@ def drop_weighted_sum(
         if largest >= OVERFLOW:
             return False
     return True
-
-
-@njit(nogil=True, cache=True)
-def _all_finite(bits: Array, start: int, stop: int) -> bool:
-    """Whether no operand has a NaN or infinite entry."""
-    largest = np.uint16(0)
-    for r in range(bits.shape[0]):
-        row = bits[r, start:stop]
-        for i in range(row.size):
-            largest = max(largest, np.uint16(row[i] & np.uint16(0x7FFF)))
-    return int(largest) < 0x7F80
 
 
 @njit(nogil=True, cache=True)
@@ -482,6 +484,8 @@ def elect_of_three(
         part = out[begin : begin + CHUNK]
         at = start + begin
         stop = at + part.size
+        if not _all_finite(bits, at, stop):  # NaN agrees with no sign and would not show
+            return begin
         base = bits[3, at:stop]
         for r in range(3):
             if left[r] < 0:

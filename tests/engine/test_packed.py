@@ -128,6 +128,27 @@ def test_nan_and_infinity_are_counted_once(name: str, operand: Any, dtype: Any) 
         )
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("operand", ["base", 0, 2])
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("ties", {"density": 1.0}),
+        ("dare_linear", {"density": 0.1, "rescale": "inverse"}),
+        ("dare_linear", {"density": 0.1, "rescale": "none"}),
+        ("dare_ties", {"density": 0.1, "rescale": "inverse"}),
+    ],
+)
+def test_nan_is_counted_where_nothing_is_scanned_first_and_it_would_be_dropped(
+    name: str, parameters: Any, operand: Any, dtype: Any
+) -> None:
+    base, models = family(dtype)
+    spoilt = (base if operand == "base" else models[operand])["w"]
+    spoilt.reshape(-1)[[5, 1500, 30_000, 60_000]] = np.nan
+    with pytest.raises(CheckpointError, match="'w' has 4 NaN or infinite"):
+        fusekit.merge_state_dicts(models, method=name, base=base, parameters=parameters)
+
+
 def test_the_engine_and_the_kernels_agree_on_the_types() -> None:
     assert {"BF16": tiles.BF16, "F16": tiles.F16} == blocks.KINDS
 
