@@ -217,39 +217,6 @@ def sums(bits: Array, start: int, size: int, what: int, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _draw(position: int, key: np.uint64, pairs: Array) -> tuple[np.uint32, np.uint32]:
-    """Hashes for the run of 1024 entries at `position`, as `random.drop` takes its draws from them.
-
-    Returns the keys of the granule.
-    """
-    granule, offset = divmod(position, _GRANULE)
-    first, second = random.granule_keys(key, granule)
-    at = offset // random.RUN * random.HALF
-    for i in range(random.HALF):
-        pairs[i] = random.pair(at + i, first, second)
-    return first, second
-
-
-@njit(nogil=True, cache=True)
-def _is_dropped(
-    entry: int,
-    position: int,
-    pairs: Array,
-    threshold: np.uint32,
-    rest: float,
-    first: np.uint32,
-    second: np.uint32,
-) -> bool:
-    """Whether an entry of a run whose first draw is the threshold is dropped by its second."""
-    lane = entry % random.HALF
-    upper = entry >= random.HALF
-    draw = np.uint32(pairs[lane] >> np.uint32(16)) if upper else np.uint32(pairs[lane] & random.LOW)
-    if draw != threshold:
-        return False
-    return bool(random.second_draw(position % _GRANULE + entry, first, second) >= rest)
-
-
-@njit(nogil=True, cache=True)
 def _add_sizes(
     model: Array, base: Array, pairs: Array, upper: bool, threshold: np.uint32, sizes: Array
 ) -> bool:
@@ -293,7 +260,7 @@ def drop_sums(
             sizes[:] = np.float32(0)
             dropped = np.float64(0.0)
             for at in range(begin, end, random.RUN):
-                first, second = _draw(position + at, keys[r], pairs)
+                first, second = random.draw(position + at, keys[r], pairs)
                 a, c = start + at, start + min(at + random.RUN, end)
                 b = min(a + random.HALF, c)
                 base = bits[models]
@@ -301,7 +268,9 @@ def drop_sums(
                 tied |= _add_sizes(bits[r, b:c], base[b:c], pairs, True, threshold, sizes)
                 if tied:
                     for i in range(c - a):
-                        if _is_dropped(i, position + at, pairs, threshold, rest, first, second):
+                        if random.is_dropped(
+                            i, position + at, pairs, threshold, rest, first, second
+                        ):
                             excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
                             dropped += abs(np.float64(excess))
             for which in range(2):
@@ -364,13 +333,13 @@ def drop_weighted_sum(
         total[:] = 0.0
         for r in range(models):
             threshold, rest = random.thresholds(densities[r])
-            first, second = _draw(position + at, keys[r], pairs)
+            first, second = random.draw(position + at, keys[r], pairs)
             weight = weights[r]
             tied = _add_kept(bits[r, a:b], base[a:b], pairs, False, threshold, weight, lower)
             tied |= _add_kept(bits[r, b:c], base[b:c], pairs, True, threshold, weight, upper)
             if tied:
                 for i in range(part.size):
-                    if _is_dropped(i, position + at, pairs, threshold, rest, first, second):
+                    if random.is_dropped(i, position + at, pairs, threshold, rest, first, second):
                         excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
                         total[i] -= weight * np.float64(excess)
         largest = np.uint32(0)

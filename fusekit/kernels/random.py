@@ -83,20 +83,39 @@ def thresholds(density: float) -> tuple[np.uint32, float]:
 
 
 @njit(nogil=True, cache=True)
-def _settle_ties(
-    part: Array, offset: int, first: np.uint32, second: np.uint32, threshold: np.uint32, rest: Any
-) -> None:
-    """Zero the entries whose draw equals the threshold and whose second draw is not below `rest`.
+def draw(position: int, key: np.uint64, pairs: Array) -> tuple[np.uint32, np.uint32]:
+    """The HALF hashes of the run that `position` lies in: first draws, two to a hash.
 
-    `part` starts `offset` elements into its granule.
+    Returns the keys of the granule.
     """
-    zero = part.dtype.type(0)
-    for i in range(part.size):
-        run, lane = divmod(offset + i, RUN)
-        both = pair(run * HALF + lane % HALF, first, second)
-        draw = np.uint32(both & LOW) if lane < HALF else np.uint32(both >> np.uint32(16))
-        if draw == threshold and not second_draw(offset + i, first, second) < rest:
-            part[i] = zero
+    granule, offset = divmod(position, _GRANULE)
+    first, second = granule_keys(key, granule)
+    at = offset // RUN * HALF
+    for i in range(HALF):
+        pairs[i] = pair(at + i, first, second)
+    return first, second
+
+
+@njit(nogil=True, cache=True)
+def is_dropped(
+    entry: int,
+    position: int,
+    pairs: Array,
+    threshold: np.uint32,
+    rest: float,
+    first: np.uint32,
+    second: np.uint32,
+) -> bool:
+    """Whether an entry whose first draw is the threshold is dropped by its second.
+
+    `entry` counts from the beginning of the run, which is at `position`.
+    """
+    lane = entry % HALF
+    upper = entry >= HALF
+    drawn = np.uint32(pairs[lane] >> np.uint32(16)) if upper else np.uint32(pairs[lane] & LOW)
+    if drawn != threshold:
+        return False
+    return bool(second_draw(position % _GRANULE + entry, first, second) >= rest)
 
 
 @njit(nogil=True, cache=True)
@@ -112,26 +131,26 @@ def drop(row: Array, density: float, key: np.uint64, start: int) -> None:
     pairs = np.empty(HALF, np.uint32)
     i = 0
     while i < row.size:
-        granule, offset = divmod(start + i, _GRANULE)
-        first, second = granule_keys(key, granule)
-        run, lane = divmod(offset, RUN)
+        lane = (start + i) % RUN
+        begin = start + i - lane
+        first, second = draw(begin, key, pairs)
         count = min(row.size - i, RUN - lane)
         part = row[i : i + count]
-        for j in range(HALF):
-            pairs[j] = pair(run * HALF + j, first, second)
         ties = np.uint32(0)
         lower = part[: max(HALF - lane, 0)]
         draws = pairs[min(lane, HALF) :]
         for j in range(lower.size):
-            draw = np.uint32(draws[j] & LOW)
-            ties |= np.uint32(draw == threshold)
-            lower[j] = lower[j] if draw <= threshold else zero
+            drawn = np.uint32(draws[j] & LOW)
+            ties |= np.uint32(drawn == threshold)
+            lower[j] = lower[j] if drawn <= threshold else zero
         upper = part[lower.size :]
         draws = pairs[max(lane - HALF, 0) :]
         for j in range(upper.size):
-            draw = np.uint32(draws[j] >> np.uint32(16))
-            ties |= np.uint32(draw == threshold)
-            upper[j] = upper[j] if draw <= threshold else zero
+            drawn = np.uint32(draws[j] >> np.uint32(16))
+            ties |= np.uint32(drawn == threshold)
+            upper[j] = upper[j] if drawn <= threshold else zero
         if ties:
-            _settle_ties(part, offset, first, second, threshold, rest)
+            for j in range(count):
+                if is_dropped(lane + j, begin, pairs, threshold, rest, first, second):
+                    part[j] = zero
         i += count
