@@ -84,16 +84,9 @@ def run_merge(method: str, folders: list[str], out: str) -> dict[str, Any]:
     seconds = time.perf_counter() - start
     after = resource.getrusage(resource.RUSAGE_SELF)
     busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"seconds": seconds, "cpu_seconds": busy, "peak_mb": peak_megabytes()}
+    from fusekit.memory import peak_memory
 
-
-def peak_megabytes() -> float:
-    """Largest memory of this process alone: `ru_maxrss` starts at that of the process before it."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    lines = status.read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+    return {"seconds": seconds, "cpu_seconds": busy, "peak_mb": peak_memory() / 2**20}
 
 
 def core_seconds(folders: list[Path]) -> float:

@@ -1,8 +1,9 @@
-"""How much memory this process has held."""
+"""How much memory this process holds and has held."""
 
 from __future__ import annotations
 
 import resource
+import sys
 from pathlib import Path
 
 
@@ -12,8 +13,17 @@ def peak_memory() -> int:
     Linux keeps it per program; what `getrusage` says begins with the memory of the process that
     started this one.
     """
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def resident_memory() -> int:
+    """The resident set of this program in bytes; its peak where the system tells no more."""
+    return _status_bytes("VmRSS") or peak_memory()
+
+
+def _status_bytes(field: str) -> int:
+    """A field of Linux's account of this process, 0 elsewhere."""
+    status = Path("/proc/self/status")
+    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)

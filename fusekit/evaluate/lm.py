@@ -17,7 +17,8 @@ from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
-from fusekit.evaluate.suite import Settings, only_known
+from fusekit.evaluate.settings import only_file
+from fusekit.evaluate.suite import Settings
 
 BATCH = 32
 """Windows in one forward pass."""
@@ -79,10 +80,7 @@ def evaluator(settings: Settings, folder: Path) -> PerplexityEvaluator:
     Raises:
         FusekitError: another setting, or a file that cannot be used.
     """
-    only_known(settings, ("windows",))
-    if not isinstance(settings.get("windows"), str):
-        raise FusekitError(f"windows: found {settings.get('windows')!r}, expected a file")
-    return PerplexityEvaluator(folder / settings["windows"])
+    return PerplexityEvaluator(only_file(settings, "windows", folder))
 
 
 def scores(model: Any, windows: NDArray[np.int64]) -> NDArray[np.float64]:

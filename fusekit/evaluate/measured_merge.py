@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from fusekit.errors import FusekitError, RecipeError
+from fusekit.memory import peak_memory, resident_memory
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Method
@@ -165,15 +166,15 @@ def _line(content: Mapping[str, Any]) -> bytes:
 
 
 def _measure(recipe: Mapping[str, Any], out: Path, threads: int | None) -> Cost:
-    before = _resident_bytes()
+    before = resident_memory()
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         seconds = _merge(recipe, Path(folder) / out.name, threads)
         if seconds >= REHEARSED_SECONDS:
             for made in Path(folder).iterdir():
                 made.rename(out.parent / made.name)
-            return Cost(seconds, _peak_bytes() - before)
+            return Cost(seconds, peak_memory() - before)
     seconds = _merge(recipe, out, threads)
-    return Cost(seconds, _peak_bytes() - before)
+    return Cost(seconds, peak_memory() - before)
 
 
 def _merge(recipe: Mapping[str, Any], out: Path, threads: int | None) -> float:
@@ -182,24 +183,6 @@ def _merge(recipe: Mapping[str, Any], out: Path, threads: int | None) -> float:
     began = time.process_time()
     merge(dict(recipe), out, threads=threads, resume=False)
     return time.process_time() - began
-
-
-def _resident_bytes() -> int:
-    return _status_bytes("VmRSS") or _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
-
-
-def _status_bytes(field: str) -> int:
-    """A field of Linux's account of this process, 0 elsewhere."""
-    status = Path("/proc/self/status")
-    lines = status.read_text(encoding="utf-8").splitlines() if status.is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), 0)
 
 
 if __name__ == "__main__":

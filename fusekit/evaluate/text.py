@@ -20,7 +20,8 @@ from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
-from fusekit.evaluate.suite import Settings, only_known
+from fusekit.evaluate.settings import only_file
+from fusekit.evaluate.suite import Settings
 
 BATCH = 32
 """Sentences in one forward pass."""
@@ -109,10 +110,7 @@ def evaluator(settings: Settings, folder: Path) -> SentenceEvaluator:
     Raises:
         FusekitError: another setting, or a file that cannot be used.
     """
-    only_known(settings, ("data",))
-    if not isinstance(settings.get("data"), str):
-        raise FusekitError(f"data: found {settings.get('data')!r}, expected a file")
-    return SentenceEvaluator(folder / settings["data"])
+    return SentenceEvaluator(only_file(settings, "data", folder))
 
 
 def features(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
