@@ -30,6 +30,7 @@ from fusekit.checkpoint.dtypes import dtype_of
 from fusekit.checkpoint.writer import partial_folder, publish_folder
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.errors import CheckpointError, FusekitError
+from fusekit.memory import reuse_freed_blocks
 
 MANIFEST_NAME = "manifest.json"
 COPY_BYTES = 1 << 22
@@ -346,6 +347,7 @@ def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraM
     BLAS runs on one thread meanwhile: the matrices are too small to split, and its waiting threads
     would take the processors from the modules computed beside each other.
     """
+    reuse_freed_blocks()
     ahead: deque[Future[LoraModule]] = deque()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         try:
