@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from fusekit.engine import survey
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
@@ -104,7 +105,7 @@ class WholeTensors:
         on_progress: Callable[[int], None] | None,
     ) -> None:
         """Merge tensors in order, adding to what a run has done so far."""
-        with _torch_threads(threads):
+        with threadpool_limits(threads, user_api="blas"), _torch_threads(threads):
             thresholds = survey.thresholds(self._plan, self._surveyed)
             self._nonfinite.clear()
             for loaded in self._read_ahead(tensors):

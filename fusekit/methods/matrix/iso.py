@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from fusekit.methods.matrix.linalg import (
-    all_triples,
     orthogonalized_product,
     polar,
     residual_triples,
+    split,
     total,
-    triples,
 )
 
 
@@ -38,7 +37,7 @@ def common(deltas: Sequence[Tensor], numerical: bool = False) -> Isotropic:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         arXiv 2502.04959.
     """
-    direction, S = polar(total(deltas), numerical, deltas[0].dtype)
+    direction, S = polar(total(deltas), numerical)
     sigma = _mean(S)
     return Isotropic(direction.to(deltas[0].dtype) * sigma, sigma)
 
@@ -75,10 +74,9 @@ def common_and_specific(
     own = specific_directions(rank, len(deltas), fraction)
     if own == 0:
         return common(deltas, numerical)
-    decompose = triples if numerical else all_triples
-    shared = decompose(total(deltas), rank - own * len(deltas))
-    pieces = [residual_triples(delta, shared.U, own, numerical) for delta in deltas]
-    pieces.append(shared)
+    summed = split(total(deltas), rank - own * len(deltas), numerical)
+    pieces = [residual_triples(delta, summed, own, numerical) for delta in deltas]
+    pieces.append(summed.leading)
     S = torch.cat([piece.S for piece in pieces])
     sigma = _mean(S)
     U = torch.cat([piece.U for piece in pieces], dim=1)

@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from fusekit.methods.matrix.linalg import eigen, gram
+
 SINGULAR_CUTOFF = 1e-5
 """Components of the joint decomposition with singular values at or below this are dropped."""
 
@@ -38,11 +40,10 @@ def align(deltas: Sequence[Tensor]) -> Aligned:
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    gram = torch.zeros((deltas[0].shape[0],) * 2, dtype=torch.float64, device=deltas[0].device)
-    for delta in deltas:
-        wide = delta.double()
-        gram.addmm_(wide, wide.T)
-    values, vectors = torch.linalg.eigh(gram)
+    square = gram(deltas[0])
+    for delta in deltas[1:]:
+        square += gram(delta)
+    values, vectors = eigen(square)
     S = values.flip(0).clamp(min=0).sqrt()
     rank = int((S > SINGULAR_CUTOFF).sum())
     U = vectors.flip(1)[:, :rank]

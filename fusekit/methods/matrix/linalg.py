@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,11 @@ GRAM_LIMIT = 1e-6
 SINGLE_LIMIT = 1e-2
 """Directions at least this strong, relative to the strongest, stand products in float32."""
 
-GRAM_BLOCKS = 8
-SPLIT_ROWS = 256
-"""Gram matrices from this size on are computed in blocks, those above the diagonal left out."""
+SUM_ELEMENTS = 1 << 16
+"""Sums are taken over so many elements at a time, which stay in the cache."""
+
+PANEL_ELEMENTS = 1 << 21
+"""So much of a matrix is widened to float64 at a time."""
 
 
 class Triples(NamedTuple):
@@ -91,34 +94,53 @@ def short_side(matrix: Tensor, dtype: torch.dtype | None = None) -> Side:
     """
     flip = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if flip else matrix
-    values, vectors = torch.linalg.eigh(lower_gram(short))
+    return _side(short, flip, gram(short), dtype or matrix.dtype)
+
+
+def _side(
+    short: Tensor, flip: bool, square: Tensor, dtype: torch.dtype, scale: Tensor | None = None
+) -> Side:
+    """Of a matrix whose Gram matrix is known; by default the strongest value is the scale."""
+    values, vectors = eigen(square)
     S = values.flip(0).clamp(min=0).sqrt()
-    return Side(short, flip, S, vectors.flip(1), dtype or matrix.dtype, S[:1])
+    return Side(short, flip, S, vectors.flip(1), dtype, S[:1] if scale is None else scale)
 
 
-def lower_gram(rows: Tensor) -> Tensor:
-    """The lower triangle of `rows @ rows.T` in float64, all that `torch.linalg.eigh` reads.
+def gram(rows: Tensor) -> Tensor:
+    """`rows @ rows.T` in float64, widened panel by panel."""
+    count, columns = rows.shape
+    width = max(1, PANEL_ELEMENTS // max(count, 1))
+    total = torch.zeros((count, count), dtype=torch.float64, device=rows.device)
+    for start in range(0, columns, width):
+        total += outer(rows[:, start : start + width].double())
+    return total
 
-    What lies above the diagonal is unspecified.
+
+def outer(rows: Tensor) -> Tensor:
+    """`rows @ rows.T`; on the CPU by NumPy, which computes half of it (syrk), unlike torch."""
+    if rows.device.type != "cpu":
+        return rows @ rows.T
+    array = rows.numpy()
+    return torch.from_numpy(array @ array.T)
+
+
+def eigen(symmetric: Tensor) -> tuple[Tensor, Tensor]:
+    """Ascending eigenvalues and eigenvectors; on the CPU by NumPy, whose LAPACK is no slower.
+
+    Raises:
+        torch.linalg.LinAlgError: it does not converge, as with NaN.
     """
-    wide = rows.double()
-    count = len(wide)
-    if count < SPLIT_ROWS:
-        return wide @ wide.T
-    gram = wide.new_zeros((count, count))
-    step = -(-count // GRAM_BLOCKS)
-    for start in range(0, count, step):
-        stop = min(start + step, count)
-        torch.mm(wide[start:stop], wide[:stop].T, out=gram[start:stop, :stop])
-    return gram
+    if symmetric.device.type != "cpu":
+        values, vectors = torch.linalg.eigh(symmetric)
+        return values, vectors
+    try:
+        found = np.linalg.eigh(symmetric.numpy())
+    except np.linalg.LinAlgError as error:
+        raise torch.linalg.LinAlgError(str(error)) from None  # type: ignore[attr-defined]
+    return torch.from_numpy(found.eigenvalues), torch.from_numpy(found.eigenvectors)
 
 
-def mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix of a lower triangle."""
-    return lower.tril() + lower.tril(-1).T
-
-
-def triples(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None = None) -> Triples:
+def triples(matrix: Tensor, count: int | None = None) -> Triples:
     """The leading singular triples of a matrix, as many as stand out from rounding noise.
 
     Singular values up to `eps max(m, n)` of the largest (float32 eps) are noise: their directions
@@ -132,53 +154,72 @@ def triples(matrix: Tensor, count: int | None = None, dtype: torch.dtype | None 
     return found.leading(len(found.S) if count is None else count).triples()
 
 
-def all_triples(matrix: Tensor, count: int | None = None) -> Triples:
-    """The leading `count` singular triples, by default min(m, n), noise or not.
+class Split(NamedTuple):
+    """A matrix's leading triples and, unless it is taller than wide, all other left vectors."""
 
-    Where the matrix has (nearly) no strength, directions are what LAPACK's SVD makes of them.
-    """
-    found = short_side(matrix)
-    wanted = found.leading(len(found.S) if count is None else count)
-    if wanted.is_sound():
-        return wanted.triples()
-    return _dense_triples(matrix, len(wanted.S))
+    leading: Triples
+    rest: Tensor | None
 
 
-def residual_triples(matrix: Tensor, basis: Tensor, count: int, numerical: bool) -> Triples:
-    """The leading triples of `R = (I - B B^T) matrix` for orthonormal columns B (m, c).
-
-    R is not formed: where rows are fewer `R R^T` is the projected Gram matrix of the matrix, else
-    `R^T R` is that Gram matrix minus the one of `B^T matrix`.
+def split(matrix: Tensor, count: int, numerical: bool) -> Split:
+    """The leading `count` triples and the left vectors that are orthogonal to theirs, to float64.
 
     Args:
         matrix: (m, n).
-        basis: B, orthonormal to float64: what is left of a matrix may be far weaker than it.
+        count: how many of the largest are wanted.
+        numerical: only those that stand out from rounding noise; otherwise all, and where the
+            matrix has (nearly) no strength, directions are what LAPACK's SVD makes of them.
+    """
+    tall = matrix.shape[0] > matrix.shape[1]
+    found = short_side(matrix, torch.float64 if tall else None)
+    wanted = (found.standing_out() if numerical else found).leading(count)
+    if numerical or wanted.is_sound():
+        leading, left = wanted.triples(), found.Q
+    else:
+        dense = _dense_triples(matrix, min(matrix.shape))
+        leading, left = dense.leading(count), dense.U
+    return Split(leading, None if tall else left[:, len(leading.S) :])
+
+
+def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> Triples:
+    """The leading triples of `R = (I - B B^T) matrix`, B the leading left vectors of another one.
+
+    Where the remaining ones, Z, are known, R lies in their span and only the smaller `Z^T matrix`
+    is decomposed; else `R^T R` is the matrix's Gram matrix minus the one of `B^T matrix`.
+
+    Args:
+        matrix: (m, n).
+        of: the other matrix, of the same shape.
         count: how many of the largest are wanted.
         numerical: only those that stand out from the rounding noise of the matrix; otherwise all,
-            as `all_triples`.
+            as `split`.
     """
-    rows, columns = matrix.shape
-    flip = rows > columns
-    short = matrix.T if flip else matrix
-    own = lower_gram(short)
-    if flip:
-        gram = own - lower_gram((basis.T @ matrix.double()).T)
-    else:
-        projector = torch.eye(rows, dtype=basis.dtype, device=basis.device) - basis @ basis.T
-        gram = projector @ mirrored(own) @ projector
-    values, vectors = torch.linalg.eigh(gram)
-    S, scale = values.flip(0).clamp(min=0).sqrt(), own.diagonal().max().sqrt()
-    found = Side(short, flip, S, vectors.flip(1), torch.float64, scale)
+    if of.rest is not None:
+        return _within(matrix, of.rest, count, numerical)
+    basis = of.leading.U
+    square = gram(matrix.T) - gram((basis.T @ matrix.double()).T)
+    scale = torch.linalg.vector_norm(matrix, dim=0).max().double()
+    found = _side(matrix.T, True, square, torch.float64, scale)
     if numerical:
         found = found.standing_out()
     found = found.leading(count)
     if not found.is_sound():
         wide = matrix.double()
         return _dense_triples(wide - basis @ (basis.T @ wide), count)
-    if not flip:
-        return found._replace(Q=projector @ found.Q).triples()
     left = found.triples().U
     return Triples(left - basis @ (basis.T @ left), found.S, found.Q)
+
+
+def _within(matrix: Tensor, basis: Tensor, count: int, numerical: bool) -> Triples:
+    """The leading triples of a wide matrix projected on the span of orthonormal columns."""
+    coordinates = basis.T @ matrix.double()
+    scale = torch.linalg.vector_norm(matrix, dim=1).max().double()
+    found = _side(coordinates, False, gram(coordinates), torch.float64, scale)
+    if numerical:
+        found = found.standing_out()
+    found = found.leading(count)
+    own = found.triples() if found.is_sound() else _dense_triples(coordinates, count)
+    return Triples(basis @ own.U, own.S, own.V)
 
 
 def _dense_triples(matrix: Tensor, count: int) -> Triples:
@@ -186,25 +227,22 @@ def _dense_triples(matrix: Tensor, count: int) -> Triples:
     return Triples(U, S, Vh.T).leading(count)
 
 
-def polar(
-    matrix: Tensor, numerical: bool = False, dtype: torch.dtype | None = None
-) -> tuple[Tensor, Tensor]:
+def polar(matrix: Tensor, numerical: bool = False) -> tuple[Tensor, Tensor]:
     """`U V^T` for `matrix = U diag(S) V^T`, and S.
 
     Args:
         matrix: (m, n).
         numerical: of the triples that stand out from rounding noise only, as `triples`; otherwise
             of all min(m, n).
-        dtype: of products, see `Side`; by default the matrix's.
     """
-    found = short_side(matrix, dtype)
+    found = short_side(matrix)
     if numerical:
         found = found.standing_out()
     elif not found.is_sound():
         U, S, V = _dense_triples(matrix, min(matrix.shape))
         return U @ V.T, S
     short = found.precise()
-    factor = ((found.Q / found.S) @ found.Q.T).to(short.dtype) @ short
+    factor = outer(found.Q / found.S.sqrt()).to(short.dtype) @ short
     return factor.T if found.flip else factor, found.S
 
 
@@ -215,11 +253,10 @@ def polar_mixing(columns: Tensor) -> Tensor:
     `eps max(m, k) s_max` (float32 eps): a partial isometry where columns are dependent, which does
     not depend on the order of the columns or on LAPACK. X is `Q diag(1/s) Q^T`.
     """
-    values, Q = torch.linalg.eigh(lower_gram(columns.T))
+    values, Q = eigen(gram(columns.T))
     limit = (EPS32 * max(columns.shape)) ** 2 * values[-1:].clamp(min=0)
-    scale = torch.where(values > limit, values.clamp(min=1e-300).rsqrt(), torch.zeros_like(values))
-    mixing: Tensor = (Q * scale) @ Q.T
-    return mixing
+    kept = values > limit
+    return outer(Q[:, kept] / values[kept].sqrt().sqrt())
 
 
 def orthogonalized_product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
@@ -235,13 +272,20 @@ def orthogonalized_product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
 
 
 def total(deltas: Sequence[Tensor]) -> Tensor:
-    """The sum of tensors, accumulated in float64."""
-    result = deltas[0].to(torch.float64, copy=True)
-    for delta in deltas[1:]:
-        result += delta
+    """The sum of tensors, accumulated in float64, in their own type."""
+    result = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
+    parts = [torch.split(x.reshape(-1), SUM_ELEMENTS) for x in (result, *deltas)]
+    for target, *own in zip(*parts, strict=True):
+        wide = own[0].double()
+        for part in own[1:]:
+            wide += part
+        target.copy_(wide)
     return result
 
 
 def mean(deltas: Sequence[Tensor]) -> Tensor:
-    """The plain average of tensors, accumulated in float64."""
-    return total(deltas) / len(deltas)
+    """The plain average of tensors in float64."""
+    result = deltas[0].to(torch.float64, copy=True)
+    for delta in deltas[1:]:
+        result += delta
+    return result.div_(len(deltas))

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from fusekit.methods.matrix.linalg import triples
+from fusekit.methods.matrix.linalg import short_side
 
 Protected = Literal["inner", "all"]
 
@@ -48,31 +49,34 @@ def project(
         protect: `inner` removes the block between dominant directions; `all` everything that
             touches one, `T' = (I - U_r U_r^T) T (I - V_r V_r^T)` before the diagonal.
 
+    With N's shorter side first, `N = Q S V^T`, V is not formed: `A = Q^T (T N^T) Q S^-1`, and what
+    is removed is `(Q M S^-1 Q^T) N` for the part M of A.
+
     Returns:
-        (m, n), of delta's type; orthonormal bases are found in float64.
+        (m, n), of delta's type; singular values and Q are found in float64.
 
     References:
         "Merging Models on the Fly Without Retraining: A Sequential Approach to Scalable Continual
         Model Merging", arXiv 2501.09522.
     """
-    found = triples(update)
+    found = short_side(update).standing_out()
     rank = occupied_rank(found.S, alpha)
     if not zero_diagonal:
         found = found.leading(rank)
     if not len(found.S):
         return delta.clone()
-    U, V = found.U.to(delta.dtype), found.V.to(delta.dtype)
-    leading, leading_V = U[:, :rank], V[:, :rank]
-    right = delta @ V
-    block = leading.T @ right[:, :rank]
-    mixed = U * (U * right).sum(0)
-    mixed[:, :rank] = leading @ block
-    removed = mixed @ V.T
+    N = found.precise()
+    T = (delta.T if found.flip else delta).to(N.dtype)
+    Q, S = found.Q.to(N.dtype), found.S.to(N.dtype)
+    leading = Q[:, :rank]
+    right = ((T @ N.T) @ Q) / S
+    inner = leading @ (leading.T @ right[:, :rank])
+    mixed = Q * (Q * right).sum(0)
+    mixed[:, :rank] = inner if protect == "inner" else right[:, :rank] - inner
+    kept = torch.addmm(T, (mixed / S) @ Q.T, N, alpha=-1.0)
     if protect == "all" and rank:
-        left = leading.T @ delta
-        removed += leading @ (left - block @ leading_V.T)
-        removed += (right[:, :rank] - leading @ block) @ leading_V.T
-    return delta - removed
+        kept.sub_(leading @ (leading.T @ T))
+    return (kept.T if found.flip else kept).to(delta.dtype)
 
 
 def add(
@@ -90,4 +94,4 @@ def add(
     if update.dim() != 2:
         return update + delta
     kept = project(update, delta, alpha=alpha, zero_diagonal=zero_diagonal, protect=protect)
-    return update + kept
+    return kept.add_(update)

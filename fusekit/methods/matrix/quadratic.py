@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fusekit.methods.matrix.linalg import lower_gram, mean, mirrored
+from fusekit.methods.matrix.linalg import eigen, gram, mean
 
 NEGLIGIBLE = 1e-12
 """Task vectors whose squared norm lies below this carry no information."""
@@ -49,13 +49,13 @@ class Quadratic:
         moved = (m @ self.X.T).square().sum() - 2.0 * (m * self.D).sum()
         return float(moved) + self.constant
 
-    def gram(self) -> Gram:
+    def formed(self) -> Gram:
         """The same loss with C formed, which costs less per product where X has more rows."""
-        return Gram(self.X, self.D, self.constant, mirrored(lower_gram(self.X.T)))
+        return Gram(self.X, self.D, self.constant, gram(self.X.T))
 
     def cheapest(self) -> Quadratic:
         """The form whose products with m cost least."""
-        return self.gram() if 2 * self.X.shape[0] > self.X.shape[1] else self
+        return self.formed() if 2 * self.X.shape[0] > self.X.shape[1] else self
 
 
 @dataclass(frozen=True)
@@ -181,12 +181,12 @@ def closed_form(quadratic: Quadratic, start: Tensor, spectral: Spectral) -> Tens
     X = quadratic.X
     rows, columns = X.shape
     if rows < columns:
-        values, Y = torch.linalg.eigh(lower_gram(X))
+        values, Y = eigen(gram(X))
         sound = values > values[-1] * 1e-13
         values, Y = values[sound], Y[:, sound]
         E = (X.T @ Y) / values.sqrt()
     else:
-        values, E = torch.linalg.eigh(lower_gram(X.T))
+        values, E = eigen(gram(X.T))
     values, E = values.flip(0).clamp(min=FLOOR), E.flip(1)
     f = spectral.shares(values)
     f[_kept(spectral, values, quadratic.D.shape) :] = 0.0

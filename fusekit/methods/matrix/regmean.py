@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusekit.methods.matrix.linalg import eigen
+
 WORST_CONDITION = 1e10
 """Beyond this condition number (diagonal scaled to 1) the equations need a ridge."""
 
@@ -86,7 +88,7 @@ def _solve(total: Tensor, right: Tensor) -> tuple[Tensor, bool]:
     weak = bool(failed) or float(pivots.min() ** 2) * WORST_CONDITION < float(pivots.max() ** 2)
     aligned = right * size[:, None]
     if weak:
-        values, vectors = torch.linalg.eigh(scaled)
+        values, vectors = eigen(scaled)
         inverse = (values.clamp(min=0) + RIDGE).reciprocal()
         return ((vectors * inverse) @ (vectors.T @ aligned)) * size[:, None], weak
     return torch.cholesky_solve(aligned, factor) * size[:, None], weak
