@@ -289,9 +289,10 @@ class _Order(Accumulator):
                     self._count(summary, block, counts)
             return
         for block in reader.blocks(summary, span.start, span.stop):
-            keys = self._keys(summary, block)
             at = self._place(span, block.start)
-            self._collected[:, at : at + keys.shape[1]] = keys
+            # A scan of everything must decode: it counts NaN and Inf as well.
+            if self.covers_everything or not summary.collect(block, self._collected, at):
+                self._collected[:, at : at + block.size] = self._keys(summary, block)
 
     def advance(self) -> bool:
         if self._scan == "direct":
@@ -388,15 +389,16 @@ class _Order(Accumulator):
         """
         taken = self._collected.shape[1]
         errors = 2.6 / taken**0.5 + 0.004 * (FEWEST_PIECES / len(self._pieces)) ** 0.5
+        ends, work = np.empty(2, self._key), np.empty(taken, self._key)
         for target in self._targets:
             share = (self._size - target.rank) / self._size
             margin = errors * (share * (1.0 - share)) ** 0.5 + 2.0 / taken
             first = max(0, int((share - margin) * taken))
             last = min(taken - 1, int((share + margin) * taken) + 1)
-            keys = np.partition(self._collected[target.row], (first, last))
+            order.select(self._collected[target.row], np.array([first, last]), work, ends)
             target.narrow(
-                int(keys[first]) if first > 0 else target.low,
-                int(keys[last]) if last < taken - 1 else target.high,
+                int(ends[0]) if first > 0 else target.low,
+                int(ends[1]) if last < taken - 1 else target.high,
             )
         self._collected = self._collected[:, :0].copy()
 

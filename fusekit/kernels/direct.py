@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fusekit.kernels import norms, random
+from fusekit.kernels import lanes, norms, random
 from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-CHUNK = 1024
+CHUNK = lanes.CHUNK
 """Elements that are worked on together."""
 
 _GRANULE = 8192
@@ -353,6 +353,22 @@ def drop_weighted_sum(
 
 
 @njit(nogil=True, cache=True)
+def _key(model: np.uint16, base: np.uint16) -> np.uint32:
+    """The bits of a task-vector entry's magnitude."""
+    return np.uint32(as_bits(from_bf16(model) - from_bf16(base)) & _MAGNITUDE)
+
+
+@njit(nogil=True, cache=True)
+def magnitudes(bits: Array, start: int, size: int, out: Array, at: int) -> None:
+    """out[:, at : at + size] = the bits of the magnitudes of task vectors; (models, any) uint32."""
+    base = bits[bits.shape[0] - 1, start : start + size]
+    for r in range(out.shape[0]):
+        model, row = bits[r, start : start + size], out[r, at : at + size]
+        for i in range(size):
+            row[i] = _key(model[i], base[i])
+
+
+@njit(nogil=True, cache=True)
 def count_brackets(
     bits: Array, start: int, size: int, brackets: Array, bins: Array, above: Array
 ) -> int:
@@ -361,35 +377,36 @@ def count_brackets(
     Returns how many elements are done: fewer than asked for where the next 1024 have an entry that
     is not finite.
     """
-    marks = np.zeros(CHUNK, np.uint8)
-    eights = marks.view(np.uint64)
-    keys = np.empty(CHUNK, np.uint32)
+    masks = np.empty(lanes.WORDS, np.uint64)
+    work = np.empty(lanes.WORDS, np.int32)
+    inside = np.empty(CHUNK, np.int32)
     for done in range(0, size, CHUNK):
         begin = start + done
         stop = min(begin + CHUNK, start + size)
         if not _all_finite(bits, begin, stop):
             return done
         base = bits[bits.shape[0] - 1, begin:stop]
-        if base.size < CHUNK:
-            marks[:] = 0
         for k in range(brackets.shape[0]):
-            model = bits[brackets[k, 0], begin:stop]
+            model, first = bits[brackets[k, 0], begin:stop], bins[brackets[k, 4] :]
             low, high, shift = brackets[k, 1], brackets[k, 2], brackets[k, 3]
-            width = np.uint32(high - low)
-            over = np.uint32(0)
-            for i in range(model.size):
-                delta = from_bf16(model[i]) - from_bf16(base[i])
-                key = np.uint32(as_bits(delta) & _MAGNITUDE)
-                over += np.uint32(key > high)
-                marks[i] = np.uint8(np.uint32(key - low) <= width)
-                keys[i] = key
-            above[k] += int(over)
-            first = bins[brackets[k, 4] :]
-            for eight in range(eights.size):
-                if eights[eight]:
-                    for i in range(8 * eight, 8 * eight + 8):
-                        if marks[i]:
-                            first[np.uint32(keys[i] - low) >> shift] += 1
+            if stop - begin == CHUNK:
+                over = np.uint64(0)
+                for word in range(lanes.WORDS):
+                    at = word * lanes.LANES
+                    higher, at_least = lanes.compare_deltas(model, base, at, low, high)
+                    over += lanes.count_bits(higher)
+                    masks[word] = at_least & ~higher
+                above[k] += np.int64(over)
+                for number in range(lanes.list_bits(masks, work, inside)):
+                    i = inside[number]
+                    first[np.uint32(_key(model[i], base[i]) - low) >> shift] += 1
+            else:
+                for i in range(model.size):
+                    key = _key(model[i], base[i])
+                    if key > high:
+                        above[k] += 1
+                    elif key >= low:
+                        first[np.uint32(key - low) >> shift] += 1
     return size
 
 
@@ -401,6 +418,19 @@ def _count_equal(model: Array, base: Array, key: np.uint32) -> int:
         delta = from_bf16(model[i]) - from_bf16(base[i])
         count += np.uint32(np.uint32(as_bits(delta) & _MAGNITUDE) == key)
     return int(count)
+
+
+@njit(nogil=True, cache=True)
+def count_equal(
+    bits: Array, start: int, size: int, models: Array, keys: Array, out: Array
+) -> None:
+    """out[granule, j] = entries of task vector models[j] of the magnitude whose bits are keys[j]."""
+    base = bits[bits.shape[0] - 1]
+    for granule in range(out.shape[0]):
+        begin = start + granule * _GRANULE
+        stop = min(begin + _GRANULE, start + size)
+        for j in range(keys.size):
+            out[granule, j] = _count_equal(bits[models[j], begin:stop], base[begin:stop], keys[j])
 
 
 @njit(nogil=True, cache=True)

@@ -12,9 +12,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels import lanes
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
+_DIGIT = 11
 
 
 @njit(nogil=True, cache=True)
@@ -35,26 +38,28 @@ def signed_keys(bits: Array, sign: Any, keys: Array) -> None:
 def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> int:
     """Add the keys in [low, high] to `bins` of 2^shift keys each; return how many lie above.
 
-    Few keys lie inside: a vectorised sweep marks them, eight marks at a time are then looked at.
+    Few keys lie inside: comparisons of 64 at a time find them.
     """
-    marks = np.empty(_CHUNK, np.uint8)
-    eights = marks.view(np.uint64)
-    width = keys.dtype.type(high - low)
+    masks = np.empty(lanes.WORDS, np.uint64)
+    work = np.empty(lanes.WORDS, np.int32)
+    inside = np.empty(lanes.CHUNK, np.int32)
     above: int = 0
-    for start in range(0, keys.size, _CHUNK):
-        part = keys[start : start + _CHUNK]
-        if part.size < _CHUNK:
-            marks[:] = 0
-        over = np.uint32(0)
-        for i in range(part.size):
-            over += np.uint32(part[i] > high)
-            marks[i] = np.uint8(keys.dtype.type(part[i] - low) <= width)
-        above += int(over)
-        for eight in range(eights.size):
-            if eights[eight]:
-                for i in range(8 * eight, 8 * eight + 8):
-                    if marks[i]:
-                        bins[(part[i] - low) >> shift] += 1
+    whole = keys.size // lanes.CHUNK * lanes.CHUNK
+    for start in range(0, whole, lanes.CHUNK):
+        over = np.uint64(0)
+        for word in range(lanes.WORDS):
+            at = start + word * lanes.LANES
+            higher, at_least = lanes.compare_keys(keys, at, low, high)
+            over += lanes.count_bits(higher)
+            masks[word] = at_least & ~higher
+        above += np.int64(over)
+        for number in range(lanes.list_bits(masks, work, inside)):
+            bins[(keys[start + inside[number]] - low) >> shift] += 1
+    for key in keys[whole:]:
+        if key > high:
+            above += 1
+        elif key >= low:
+            bins[(key - low) >> shift] += 1
     return above
 
 
@@ -82,6 +87,58 @@ def find_rank(bins: Array, rank: int) -> tuple[int, int]:
             return i, greater
         greater += bins[i]
     return -1, greater
+
+
+@njit(nogil=True, cache=True)
+def select(keys: Array, ranks: Array, work: Array, out: Array) -> None:
+    """out[j] = the key that ranks[j] keys precede in ascending order, by radix selection.
+
+    `work` is as long as `keys`.
+    """
+    width = 8 * keys.itemsize
+    bins = np.zeros(1 << _DIGIT, np.int64)
+    for key in keys:
+        bins[np.int64(key >> np.uint64(width - _DIGIT))] += 1
+    for j in range(ranks.size):
+        digit, before = _bin_of(bins, ranks[j])
+        count = 0
+        for key in keys:
+            work[count] = key
+            count += np.int64(np.int64(key >> np.uint64(width - _DIGIT)) == digit)
+        out[j] = _select_rest(work[:count], ranks[j] - before, width - _DIGIT)
+
+
+@njit(nogil=True, cache=True)
+def _select_rest(keys: Array, rank: int, width: int) -> Any:
+    """`select` of keys that differ in their lowest `width` bits only; destroys them."""
+    bins = np.empty(1 << _DIGIT, np.int64)
+    count = keys.size
+    while width > 0:
+        step = min(width, _DIGIT)
+        shift, mask = np.uint64(width - step), (1 << step) - 1
+        bins[:] = 0
+        for i in range(count):
+            bins[np.int64(keys[i] >> shift) & mask] += 1
+        digit, before = _bin_of(bins, rank)
+        rank -= before
+        members = 0
+        for i in range(count):
+            key = keys[i]
+            keys[members] = key
+            members += np.int64((np.int64(key >> shift) & mask) == digit)
+        count, width = members, width - step
+    return keys[0]
+
+
+@njit(nogil=True, cache=True)
+def _bin_of(bins: Array, rank: int) -> tuple[int, int]:
+    """(the bin that the rank-th entry, from 0, is counted in, entries in the bins before)."""
+    before = 0
+    for i in range(bins.size):
+        if before + bins[i] > rank:
+            return i, before
+        before += bins[i]
+    return bins.size - 1, before
 
 
 @njit(nogil=True, cache=True)

@@ -312,6 +312,10 @@ class OrderStatistics(Summary):
     def values(self, block: Block) -> Array:
         """(rows, m) values to be ordered; may be the block's own rows, changed in place."""
 
+    def collect(self, block: Block, keys: Array, at: int) -> bool:
+        """Write the values' keys to keys[:, at : at + size], if it can without `values`."""
+        return False
+
     def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
         """Count the values' keys as `kernels.order.count_brackets`, if it can without `values`."""
         return False

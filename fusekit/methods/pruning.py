@@ -348,12 +348,25 @@ class Magnitudes(Ordered):
     def values(self, block: Block) -> Array:
         return prune(block, self.prunings)
 
+    def plain(self, block: Block) -> Packed | None:
+        """The operands of bfloat16 models whose task vectors are not pruned."""
+        packed = block.packed
+        is_plain = packed is not None and packed.kind == kernels.tiles.BF16 and not self.prunings
+        return packed if is_plain else None
+
+    def collect(self, block: Block, keys: Array, at: int) -> bool:
+        packed = self.plain(block)
+        if packed is None:
+            return False
+        kernels.direct.magnitudes(packed.bits, packed.start, block.size, keys, at)
+        return True
+
     def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
         program, packed = self.program(block), block.packed
         if program is None or packed is None:
             return False
         counts, done = (brackets, bins, above), 0
-        if not self.prunings and packed.kind == kernels.tiles.BF16:
+        if self.plain(block) is not None:
             done = kernels.direct.count_brackets(packed.bits, packed.start, block.size, *counts)
             if done == block.size:
                 return True
@@ -400,6 +413,14 @@ class TiesBefore(Cumulative):
         return (TiesBefore, self.order.group_key(), self.thresholds)
 
     def measure(self, block: Block, out: Array) -> None:
+        import numpy as np
+
+        packed = self.order.plain(block) if isinstance(self.order, Magnitudes) else None
+        if packed is not None:
+            models = np.array([row for row, _ in self.thresholds])
+            keys = np.array([value for _, value in self.thresholds], np.float32).view(np.uint32)
+            kernels.direct.count_equal(packed.bits, packed.start, block.size, models, keys, out)
+            return
         rows = self.order.values(block)
         for grain in range(len(out)):
             part = rows[:, grain * GRANULE : (grain + 1) * GRANULE]
