@@ -242,7 +242,7 @@ class Cut:
         """Entries equal to the threshold that lie before the cut, from element `start` on."""
         assert self.ties is not None
         if self.ties_before is not None:
-            return self.ties - int(self.ties_before[start // GRANULE])
+            return max(self.ties - int(self.ties_before[start // GRANULE]), 0)
         return self.ties if start == 0 else self._left[0]
 
     def leave(self, left: int) -> None:

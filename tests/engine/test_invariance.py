@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -151,11 +152,33 @@ def merge(name: str, models: list[StateDict], base: StateDict | None, **options:
     return run(name, models, base, **options)[0]
 
 
+def with_ties(models: list[StateDict], base: StateDict | None, kind: Any) -> list[StateDict]:
+    """16-bit models (the base last) whose updates are whole steps: many are of equal size."""
+    origin = base or models[0]
+    rounded = [
+        {
+            key: (
+                origin[key].astype(kind).astype(np.float32)
+                + np.round((value - origin[key]) * 32) / 32
+            ).astype(kind)
+            for key, value in model.items()
+        }
+        for model in models
+    ]
+    return rounded if base is None else [*rounded, {k: v.astype(kind) for k, v in base.items()}]
+
+
 @every_method
 @pytest.mark.parametrize("granularity", ["tensor", "model"])
-def test_threads_blocks_and_residency_do_not_change_a_bit(name: str, granularity: str) -> None:
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16, np.float16])
+def test_threads_blocks_and_residency_do_not_change_a_bit(
+    name: str, granularity: str, kind: Any
+) -> None:
     shapes = {**SHAPES, "model.layers.2.weight": (1031, 1100)}  # more than one chunk
     base, models = operands(available()[name], 3, shapes)
+    if kind is not np.float32:
+        models = with_ties(models, base, kind)
+        base = models.pop() if base is not None else None
     engines = [
         {"threads": 1},
         {"threads": 2, "resident_bytes": 0},
