@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,8 +12,12 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 Sparsify = Literal["none", "magnitude", "random"]
 MajoritySign = Literal["total", "frequency"]
-MaskOf = Callable[[int, slice, int], Array]
-"""Position of a tensor, range of its rows, number of columns -> 0/1 mask of the entries kept."""
+Drop = Callable[[int, int, Array], None]
+"""Number of a tensor, where in it the entries given begin, and these: zeroes some in place and
+divides the others by the density."""
+
+UPPER_HALVES = 1 << 15
+"""Values the upper half of a float32's magnitude can have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,96 +47,91 @@ COMBINATIONS = {
 }
 
 
+class Pruner:
+    """Keeps the `kept` entries of largest magnitude of a tensor, the first of equals first.
+
+    The tensor may come in pieces, which must be pruned in the order in which they were counted.
+
+    Args:
+        pieces: starts a pass over the tensor's pieces, contiguous and in float32.
+        kept: how many entries to keep.
+    """
+
+    def __init__(self, pieces: Callable[[], Iterable[Array]], kept: int) -> None:
+        self._threshold = np.float32(np.inf)
+        self._spare = 0
+        if kept > 0:
+            self._find(pieces, kept)
+
+    def _find(self, pieces: Callable[[], Iterable[Array]], kept: int) -> None:
+        """Count the upper halves of the magnitudes' bits, which order like the values, and look
+        closer at the entries that have the threshold's alone."""
+        from fusekit.kernels import aligned, factors, order
+
+        counts = np.zeros(UPPER_HALVES, np.int64)
+        for piece in pieces():
+            aligned.count_magnitudes(_bits(piece), 16, counts)
+        upper, larger = order.find_rank(counts, kept)
+        inside = np.empty(counts[upper], np.uint32)
+        done = 0
+        for piece in pieces():
+            done += factors.collect(_bits(piece), upper, inside[done:])
+        position = inside.size - (kept - larger)
+        threshold = np.partition(inside, position)[position]
+        self._threshold = threshold.view(np.float32)
+        self._spare = kept - larger - int(np.count_nonzero(inside > threshold))
+
+    def __call__(self, piece: Array) -> None:
+        """Zero a piece's entries that are not kept."""
+        from fusekit.kernels import order
+
+        self._spare -= order.keep_first(piece.reshape(-1), self._threshold, self._spare)
+
+
+def _bits(tensor: Array) -> Array:
+    return tensor.reshape(-1).view(np.uint32)
+
+
 def combine(
     combination: Combination,
-    tensors: Sequence[Array],
+    rows: Array,
     weights: Sequence[float],
     densities: Sequence[float],
     majority: MajoritySign,
-    mask_of: MaskOf,
+    drop: Drop,
 ) -> Array:
-    """One tensor from several of the same shape, in float32.
+    """One tensor from several, a row each, in float32. Overwrites the rows.
 
     Args:
+        rows: (tensors, entries) float32.
         densities: fraction of entries kept of each tensor, chosen within that tensor.
         majority: elect the sign of the sum of values (`total`) or of signs (`frequency`); the
             weights do not vote.
-        mask_of: draws the masks of `random`.
+        drop: does what `random` asks for.
     """
-    if combination.sparsify == "magnitude":
-        tensors = [prune_magnitude(t, kept) for t, kept in zip(tensors, densities, strict=True)]
-    elif combination.sparsify == "random":
-        tensors = [
-            tensor * mask_of(i, slice(0, tensor.shape[0]), tensor.shape[1]) / np.float32(kept)
-            if kept < 1
-            else tensor
-            for i, (tensor, kept) in enumerate(zip(tensors, densities, strict=True))
-        ]
-    return weighted_sum(tensors, weights, majority if combination.elect else None)
+    for i, (row, density) in enumerate(zip(rows, densities, strict=True)):
+        if combination.sparsify == "magnitude" and density < 1:
+            prune_magnitude(row, density)
+        elif combination.sparsify == "random" and density < 1:
+            drop(i, 0, row)
+    return weighted_sum(rows, weights, majority if combination.elect else None)
 
 
-def weighted_sum(
-    tensors: Sequence[Array], weights: Sequence[float], majority: MajoritySign | None
-) -> Array:
-    """`sum_i w_i T_i`; with a majority rule, the entries of the elected sign over their count."""
-    total = np.zeros(tensors[0].shape, np.float32)
+def weighted_sum(rows: Array, weights: Sequence[float], majority: MajoritySign | None) -> Array:
+    """`sum_i w_i x_i` of rows x_i; with a majority rule, of the entries that have the elected sign,
+    over their number. Overwrites the rows."""
+    own = np.asarray(weights, np.float32)
     if majority is None:
-        for tensor, weight in zip(tensors, weights, strict=True):
-            total += tensor * np.float32(weight)
-        return total
-    votes = np.zeros(tensors[0].shape, np.float32)
-    for tensor in tensors:
-        votes += tensor if majority == "total" else np.sign(tensor)
-    elected = np.where(votes >= 0, np.float32(1), np.float32(-1))
-    count = np.zeros(tensors[0].shape, np.float32)
-    kept = np.empty(tensors[0].shape, np.float32)
-    for tensor, weight in zip(tensors, weights, strict=True):
-        # With the elected sign taken off, entries that agree are the positive ones.
-        np.maximum(np.multiply(tensor, elected, out=kept), 0, out=kept)
-        count += kept > 0
-        kept *= np.float32(weight)
-        total += kept
-    total *= elected
-    total /= np.maximum(count, 1, out=count)
+        rows *= own[:, None]
+        return np.asarray(rows.sum(axis=0))
+    from fusekit.kernels import factors
+
+    total = np.empty(rows.shape[1], np.float32)
+    factors.mean_of_agreeing(rows, own, majority == "frequency", total)
     return total
 
 
-def prune_magnitude(tensor: Array, density: float) -> Array:
-    """The `int(density * size)` entries of largest magnitude, the first of equals first; rest 0."""
-    if density >= 1:
-        return tensor
-    magnitudes = np.abs(tensor).reshape(-1)
-    kept = int(density * magnitudes.size)
-    threshold, spare = magnitude_threshold(magnitudes, kept)
-    mask = above(magnitudes, threshold, spare)[0]
-    return np.asarray(tensor * mask.reshape(tensor.shape))
-
-
-def magnitude_threshold(magnitudes: Array, kept: int) -> tuple[float, int]:
-    """The `kept`-th largest value and how many entries equal to it still belong to the kept.
-
-    Counts the upper halves of the values' bits, which order like the values, and looks closer at
-    the entries that have the threshold's alone.
-
-    Args:
-        magnitudes: (n,) float32, none negative.
-    """
-    if kept <= 0:
-        return float("inf"), 0
-    halves = (magnitudes.view(np.uint32) >> np.uint32(16)).astype(np.intp)
-    larger = np.bincount(halves)[::-1].cumsum()
-    place = int(np.searchsorted(larger, kept))
-    more = int(larger[place - 1]) if place else 0
-    inside = magnitudes[halves == len(larger) - 1 - place]
-    position = inside.size - (kept - more)
-    threshold = np.partition(inside, position)[position]
-    return float(threshold), kept - more - int(np.count_nonzero(inside > threshold))
-
-
-def above(magnitudes: Array, threshold: float, spare: int) -> tuple[Array, int]:
-    """Mask of the entries over the threshold plus the first `spare` equal to it, and what is left
-    of `spare`, so that a tensor can be masked piece by piece."""
-    mask = magnitudes > threshold
-    equal = np.flatnonzero(magnitudes == threshold)[:spare]
-    mask.reshape(-1)[equal] = True
-    return mask, spare - len(equal)
+def prune_magnitude(tensor: Array, density: float) -> None:
+    """Zero all but the `int(density * size)` entries of largest magnitude of a float32 tensor, in
+    place; the first of equals stay."""
+    Pruner(lambda: [tensor], int(density * tensor.size))(tensor)

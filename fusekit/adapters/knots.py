@@ -13,7 +13,6 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from fusekit.adapters.adapter import to_float32
-from fusekit.adapters.combine import MaskOf
 from fusekit.adapters.linalg import balance, gram_matrix, orthogonalize
 
 Array = npt.NDArray[Any]
@@ -195,17 +194,6 @@ def merge_coordinates(
     elif aligned.mean_of_elected(block.rows, thresholds, own, 0.0, merged):
         aligned.mean_of_elected(block.rows, thresholds, own, agreement.majority(), merged)
     return merged.reshape(block.coordinates.shape[1:])
-
-
-def drop(block: Block, densities: Sequence[float], mask_of: MaskOf) -> None:
-    """DARE on coordinates: a random share `1 - density` set to zero, the rest over `density`.
-
-    `densities` goes by source, `mask_of` is asked by the coordinates' place in the block.
-    """
-    for place, source in enumerate(block.sources):
-        x = block.coordinates[place]
-        x *= mask_of(place, slice(0, x.shape[0]), x.shape[1])
-        x /= np.float32(densities[source])
 
 
 def _global_thresholds(

@@ -18,18 +18,18 @@ from fusekit.adapters.adapter import (
     common_dtype,
     same_bits,
     to_float32,
+    widen,
 )
 from fusekit.adapters.combine import (
     COMBINATIONS,
     Combination,
+    Drop,
     MajoritySign,
-    MaskOf,
-    above,
+    Pruner,
     combine,
-    magnitude_threshold,
     weighted_sum,
 )
-from fusekit.adapters.knots import Agreement, Aligned, Block, align, drop, merge_coordinates
+from fusekit.adapters.knots import Agreement, Aligned, Block, align, merge_coordinates
 from fusekit.adapters.lego import LegoOptions, merge_pieces
 from fusekit.adapters.linalg import (
     ThinSvd,
@@ -500,7 +500,6 @@ def _factor_space(
             f"adapter module {name!r} has ranks {ranks}: combining factors needs equal ranks; "
             "use cat or svd"
         )
-    padded = [pad_rank(to_float32(A), to_float32(B), max(ranks)) for A, B, _ in triples]
     sizes = [abs(coefficient) for _, _, coefficient in triples]
     total = 1.0
     if options.convention == "fusekit" and not combination.elect:
@@ -512,24 +511,31 @@ def _factor_space(
         on_a = [math.copysign(math.sqrt(s), c) for s, (_, _, c) in zip(sizes, triples, strict=True)]
         on_b = [math.sqrt(size) for size in sizes]
     densities = _densities(parts, options)
-    rule = options.majority_sign_method
-    A = combine(
-        combination,
-        [a for a, _ in padded],
-        on_a,
-        densities,
-        rule,
-        _masks(name, "A", parts, options),
-    )
-    B = combine(
-        combination,
-        [b for _, b in padded],
-        on_b,
-        densities,
-        rule,
-        _masks(name, "B", parts, options),
-    )
+    rank, first = max(ranks), triples[0]
+
+    def combined(
+        what: str, factors: Sequence[Array], on_factors: Sequence[float], shape: tuple[int, int]
+    ) -> Array:
+        return combine(
+            combination,
+            _rows(factors, shape),
+            on_factors,
+            densities,
+            options.majority_sign_method,
+            _dropper(name, what, parts, options),
+        ).reshape(shape)
+
+    A = combined("A", [A for A, _, _ in triples], on_a, (rank, first[0].shape[1]))
+    B = combined("B", [B for _, B, _ in triples], on_b, (first[1].shape[0], rank))
     return A, B
+
+
+def _rows(matrices: Sequence[Array], shape: tuple[int, int]) -> Array:
+    """Each matrix in float32 as one row, with zeros where it is smaller than `shape`."""
+    rows = np.zeros((len(matrices), *shape), np.float32)
+    for row, matrix in zip(rows, matrices, strict=True):
+        widen(matrix, row[: matrix.shape[0], : matrix.shape[1]])
+    return rows.reshape(len(matrices), -1)
 
 
 def _delta_space(
@@ -568,31 +574,52 @@ def _combined_delta(
     """The dense combination of updates (out, in), built from blocks of rows."""
     parts = [dataclasses.replace(p, A=to_float32(p.A), B=to_float32(p.B)) for p in parts]
     rows, columns = parts[0].B.shape[0], parts[0].A.shape[1]
-    step = max(1, BLOCK_BYTES // (4 * columns * len(parts)))
+    step = min(rows, max(1, BLOCK_BYTES // (4 * columns * len(parts))))
     blocks = [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-    densities = _densities(parts, options)
     weights = [part.weight for part in parts]
     majority = options.majority_sign_method if combination.elect else None
-    mask_of = _masks(name, "delta", parts, options)
-    prune = combination.sparsify == "magnitude" and min(densities) < 1
-    limits = [
-        _delta_threshold(part, blocks, density) if prune else (0.0, 0)
-        for part, density in zip(parts, densities, strict=True)
-    ]
-    delta = np.empty((rows, columns), dtype=np.float32)
+    room = np.empty(len(parts) * step * columns, np.float32)
+    sparsify = _sparsifiers(name, parts, combination, options, blocks, room)
+    delta = np.empty((rows, columns), np.float32)
     for block in blocks:
-        updates = [_delta_rows(part, block) for part in parts]
-        if prune:
-            for i, update in enumerate(updates):
-                mask, spare = above(np.abs(update), *limits[i])
-                limits[i] = (limits[i][0], spare)
-                update *= mask
-        elif combination.sparsify == "random":
-            for i, update in enumerate(updates):
-                if densities[i] < 1:
-                    update *= mask_of(i, block, columns) / np.float32(densities[i])
-        delta[block] = weighted_sum(updates, weights, majority)
+        size = (block.stop - block.start) * columns
+        updates = room[: len(parts) * size].reshape(len(parts), size)
+        for part, update, sparsified in zip(parts, updates, sparsify, strict=True):
+            _delta_rows(part, block, update)
+            sparsified(block.start * columns, update)
+        delta[block] = weighted_sum(updates, weights, majority).reshape(-1, columns)
     return delta
+
+
+def _sparsifiers(
+    name: str,
+    parts: Sequence[_Part],
+    combination: Combination,
+    options: MergeOptions,
+    blocks: Sequence[slice],
+    room: Array,
+) -> list[Callable[[int, Array], None]]:
+    """For every dense update, what zeroes entries of its blocks: given where they begin, in order.
+
+    Thresholds are found from the very blocks that will be combined, computed in `room`.
+    """
+    drop = _dropper(name, "delta", parts, options)
+
+    def sparsifier(place: int, part: _Part, density: float) -> Callable[[int, Array], None]:
+        if density == 1 or combination.sparsify == "none":
+            return lambda _, update: None
+        if combination.sparsify == "random":
+            return lambda start, update: drop(place, start, update)
+        entries = part.B.shape[0] * part.A.shape[1]
+        kept = int(density * entries)
+        prune = Pruner(lambda: (_delta_rows(part, block, room) for block in blocks), kept)
+        return lambda _, update: prune(update)
+
+    densities = _densities(parts, options)
+    return [
+        sparsifier(place, part, density)
+        for place, (part, density) in enumerate(zip(parts, densities, strict=True))
+    ]
 
 
 def _densities(parts: Sequence[_Part], options: MergeOptions) -> list[float]:
@@ -601,16 +628,16 @@ def _densities(parts: Sequence[_Part], options: MergeOptions) -> list[float]:
     return [by_source[part.source] for part in parts]
 
 
-def _delta_threshold(part: _Part, blocks: Sequence[slice], density: float) -> tuple[float, int]:
-    """Magnitude threshold of one dense update, from the very blocks it will be combined in."""
-    magnitudes = np.concatenate([np.abs(_delta_rows(part, b)).reshape(-1) for b in blocks])
-    return magnitude_threshold(magnitudes, int(density * magnitudes.size))
-
-
-def _delta_rows(part: _Part, rows: slice) -> Array:
+def _delta_rows(part: _Part, rows: slice, room: Array) -> Array:
+    """Some rows of a source's update, at the beginning of `room`."""
+    columns = part.A.shape[1]
+    update: Array = room[: (rows.stop - rows.start) * columns].reshape(-1, columns)
     if part.dense is not None:
-        return part.dense[rows].astype(np.float32)
-    return (part.B[rows] @ part.A) * np.float32(part.module.scaling)
+        update[...] = part.dense[rows]
+    else:
+        np.matmul(part.B[rows], part.A, out=update)
+        update *= np.float32(part.module.scaling)
+    return update
 
 
 def _lego(name: str, parts: Sequence[_Part], options: MergeOptions) -> tuple[Array, Array]:
@@ -667,10 +694,13 @@ class _Knots:
         self, name: str, parts: Sequence[_Part], aligned: Aligned, step: int = 1
     ) -> Iterator[Block]:
         A = [a[:, ::step] for a in self._sides(parts)[0]]
-        draw = _masks(name, "coordinates", parts, self._options)
+        drop = _dropper(name, "coordinates", parts, self._options)
+        done = 0
         for block in aligned.blocks(A, [part.source for part in parts]):
             if self._drop:
-                drop(block, self._densities, draw)
+                for place, row in enumerate(block.rows):
+                    drop(place, done, row)
+                done += block.rows.shape[1]
             yield block
 
     def _all_blocks(self, step: int) -> Iterator[Block]:
@@ -679,22 +709,18 @@ class _Knots:
                 yield from self._blocks(expert, parts, self._aligned(expert, parts), step)
 
 
-def _masks(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) -> MaskOf:
-    """Bernoulli(density) masks that depend on seed, source, module and factor alone.
-
-    Rows must be asked for in order.
-    """
+def _dropper(name: str, what: str, parts: Sequence[_Part], options: MergeOptions) -> Drop:
+    """Random drops that depend on seed, source, module, factor and the entry's place alone."""
     densities = _densities(parts, options)
-    generators = [
-        np.random.Generator(np.random.Philox(_key(options.seed, part.source, name, what)))
-        for part in parts
-    ]
+    keys = [np.uint64(_key(options.seed, part.source, name, what)) for part in parts]
 
-    def draw(position: int, rows: slice, columns: int) -> Array:
-        shape = (rows.stop - rows.start, columns)
-        return (generators[position].random(shape) < densities[position]).astype(np.float32)
+    def drop(place: int, start: int, entries: Array) -> None:
+        from fusekit.kernels import random
 
-    return draw
+        random.drop(entries, densities[place], keys[place], start)
+        entries /= np.float32(densities[place])
+
+    return drop
 
 
 def _key(*parts: int | str) -> int:

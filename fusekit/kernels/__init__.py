@@ -22,6 +22,7 @@ _SUBMODULES = (
     "compete",
     "direct",
     "elect",
+    "factors",
     "floats",
     "gram",
     "linear",
