@@ -118,9 +118,9 @@ def test_triples_of_a_residual_need_no_residual(
     found = linalg.residual_triples(matrix, parts, 2, numerical)
     wide = matrix.double()
     U, S, Vh = torch.linalg.svd(wide - basis @ (basis.T @ wide), full_matrices=False)
-    torch.testing.assert_close(found.S, S[:2], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(found.S, S[:2], rtol=1e-6, atol=1e-6)
     if float(S[1] - S[2]) > 1e-3:
-        torch.testing.assert_close(found.product(), (U[:, :2] * S[:2]) @ Vh[:2], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.product(), (U[:, :2] * S[:2]) @ Vh[:2], rtol=0, atol=1e-5)
     assert float((basis.T @ found.U).abs().max()) < 1e-6
 
 

@@ -49,15 +49,13 @@ class Side(NamedTuple):
     """The singular values of a matrix (m, n), and the singular vectors of its shorter side.
 
     `short` is the matrix with that side first, transposed if `flip`; S (k,) descends, Q (min, k).
-    `dtype` is the precision of products with the matrix where directions are of similar strength;
-    `scale` the strength that rounding noise is measured by.
+    `scale` is the strength that rounding noise is measured by.
     """
 
     short: Tensor
     flip: bool
     S: Tensor
     Q: Tensor
-    dtype: torch.dtype
     scale: Tensor
 
     def leading(self, count: int) -> Side:
@@ -74,9 +72,9 @@ class Side(NamedTuple):
         return not len(self.S) or bool(self.S[-1] > GRAM_LIMIT * self.scale)
 
     def precise(self) -> Tensor:
-        """The matrix in the precision for products that are divided by S."""
+        """The matrix, widened to float64 where products with it are divided by far smaller S."""
         alike = len(self.S) and bool(self.S[-1] >= SINGLE_LIMIT * self.S[0])
-        return self.short.to(self.dtype if alike else torch.float64)
+        return self.short if alike else self.short.double()
 
     def triples(self) -> Triples:
         """With the vectors of the longer side."""
@@ -85,25 +83,18 @@ class Side(NamedTuple):
         return Triples(far, self.S, self.Q) if self.flip else Triples(self.Q, self.S, far)
 
 
-def short_side(matrix: Tensor, dtype: torch.dtype | None = None) -> Side:
+def short_side(matrix: Tensor, scale: Tensor | None = None) -> Side:
     """Singular values and the vectors of the shorter side, by one symmetric eigenproblem.
 
     Args:
         matrix: (m, n).
-        dtype: of products, see `Side`; by default the matrix's.
+        scale: what its rounding noise is measured by; by default its largest singular value.
     """
     flip = matrix.shape[0] > matrix.shape[1]
     short = matrix.T if flip else matrix
-    return _side(short, flip, gram(short), dtype or matrix.dtype)
-
-
-def _side(
-    short: Tensor, flip: bool, square: Tensor, dtype: torch.dtype, scale: Tensor | None = None
-) -> Side:
-    """Of a matrix whose Gram matrix is known; by default the strongest value is the scale."""
-    values, vectors = eigen(square)
+    values, vectors = eigen(gram(short))
     S = values.flip(0).clamp(min=0).sqrt()
-    return Side(short, flip, S, vectors.flip(1), dtype, S[:1] if scale is None else scale)
+    return Side(short, flip, S, vectors.flip(1), S[:1] if scale is None else scale)
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -162,7 +153,7 @@ class Split(NamedTuple):
 
 
 def split(matrix: Tensor, count: int, numerical: bool) -> Split:
-    """The leading `count` triples and the left vectors that are orthogonal to theirs, to float64.
+    """The leading `count` triples and the left vectors that are orthogonal to theirs.
 
     Args:
         matrix: (m, n).
@@ -170,22 +161,20 @@ def split(matrix: Tensor, count: int, numerical: bool) -> Split:
         numerical: only those that stand out from rounding noise; otherwise all, and where the
             matrix has (nearly) no strength, directions are what LAPACK's SVD makes of them.
     """
-    tall = matrix.shape[0] > matrix.shape[1]
-    found = short_side(matrix, torch.float64 if tall else None)
+    found = short_side(matrix)
     wanted = (found.standing_out() if numerical else found).leading(count)
     if numerical or wanted.is_sound():
         leading, left = wanted.triples(), found.Q
     else:
         dense = _dense_triples(matrix, min(matrix.shape))
         leading, left = dense.leading(count), dense.U
-    return Split(leading, None if tall else left[:, len(leading.S) :])
+    return Split(leading, None if found.flip else left[:, len(leading.S) :])
 
 
 def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> Triples:
-    """The leading triples of `R = (I - B B^T) matrix`, B the leading left vectors of another one.
+    """The leading triples of `(I - B B^T) matrix`, B the leading left vectors of another matrix.
 
-    Where the remaining ones, Z, are known, R lies in their span and only the smaller `Z^T matrix`
-    is decomposed; else `R^T R` is the matrix's Gram matrix minus the one of `B^T matrix`.
+    Where the remaining ones, Z, are known, only the smaller `Z^T matrix` is decomposed.
 
     Args:
         matrix: (m, n).
@@ -194,32 +183,18 @@ def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> 
         numerical: only those that stand out from the rounding noise of the matrix; otherwise all,
             as `split`.
     """
-    if of.rest is not None:
-        return _within(matrix, of.rest, count, numerical)
-    basis = of.leading.U
-    square = gram(matrix.T) - gram((basis.T @ matrix.double()).T)
-    scale = torch.linalg.vector_norm(matrix, dim=0).max().double()
-    found = _side(matrix.T, True, square, torch.float64, scale)
-    if numerical:
-        found = found.standing_out()
-    found = found.leading(count)
-    if not found.is_sound():
-        wide = matrix.double()
-        return _dense_triples(wide - basis @ (basis.T @ wide), count)
-    left = found.triples().U
-    return Triples(left - basis @ (basis.T @ left), found.S, found.Q)
-
-
-def _within(matrix: Tensor, basis: Tensor, count: int, numerical: bool) -> Triples:
-    """The leading triples of a wide matrix projected on the span of orthonormal columns."""
-    coordinates = basis.T @ matrix.double()
     scale = torch.linalg.vector_norm(matrix, dim=1).max().double()
-    found = _side(coordinates, False, gram(coordinates), torch.float64, scale)
+    if of.rest is None:
+        B = of.leading.U.to(matrix.dtype)
+        residual = torch.addmm(matrix, B, B.T @ matrix, alpha=-1.0)
+    else:
+        residual = of.rest.to(matrix.dtype).T @ matrix
+    found = short_side(residual, scale)
     if numerical:
         found = found.standing_out()
     found = found.leading(count)
-    own = found.triples() if found.is_sound() else _dense_triples(coordinates, count)
-    return Triples(basis @ own.U, own.S, own.V)
+    own = found.triples() if found.is_sound() else _dense_triples(residual, count)
+    return own if of.rest is None else Triples(of.rest @ own.U, own.S, own.V)
 
 
 def _dense_triples(matrix: Tensor, count: int) -> Triples:
