@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -192,6 +192,14 @@ def to_float32(array: Array) -> Float:
     widened: Float = np.empty(array.shape, np.float32)
     widen(array, widened)
     return widened
+
+
+def joined(arrays: Sequence[Array], axis: int) -> Float:
+    """The arrays one after the other along an axis, in float32, as an array of its own."""
+    if all(array.dtype.name == "bfloat16" for array in arrays):
+        bits = np.concatenate([array.view(np.uint16) for array in arrays], axis)
+        return to_float32(bits.view(arrays[0].dtype))
+    return np.concatenate(arrays, axis, dtype=np.float32)
 
 
 def widen(array: Array, out: Float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.adapters.adapter import widen
+from fusekit.adapters.adapter import joined
 from fusekit.errors import FusekitError
 
 Array = npt.NDArray[Any]
@@ -111,8 +111,10 @@ def gram_matrix(tall: Array, dtype: type[np.floating[Any]] = np.float64) -> Doub
 
 def _wide_product(tall: Array, narrow: Double, dtype: type[np.floating[Any]]) -> Array:
     """`M @ narrow`, multiplied in `dtype`, kept in float32 (or M's type if that is wider)."""
-    out = np.empty((tall.shape[0], narrow.shape[1]), np.result_type(tall.dtype, np.float32))
     narrow = narrow.astype(dtype)
+    if tall.dtype == dtype:
+        return np.asarray(tall @ narrow)
+    out = np.empty((tall.shape[0], narrow.shape[1]), np.result_type(tall.dtype, np.float32))
     for start in range(0, tall.shape[0], CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
         out[rows] = tall[rows].astype(dtype, copy=False) @ narrow
@@ -303,14 +305,7 @@ def stack_factors(parts: Sequence[tuple[Array, Array, float]]) -> tuple[Array, A
 
     The coefficient goes on A, as in PEFT's `cat`.
     """
-    rank = sum(len(a) for a, _, _ in parts)
-    A = np.empty((rank, parts[0][0].shape[1]), np.float32)
-    B = np.empty((parts[0][1].shape[0], rank), np.float32)
-    start = 0
-    for a, b, coefficient in parts:
-        span = slice(start, start + len(a))
-        widen(a, A[span])
-        A[span] *= np.float32(coefficient)
-        widen(b, B[:, span])
-        start = span.stop
-    return A, B
+    A = joined([a for a, _, _ in parts], axis=0)
+    coefficients = np.asarray([coefficient for _, _, coefficient in parts], np.float32)
+    A *= np.repeat(coefficients, [len(a) for a, _, _ in parts])[:, None]
+    return A, joined([b for _, b, _ in parts], axis=1)
