@@ -208,6 +208,35 @@ class _Largest:
             self.times += times
 
 
+class _Pool:
+    """Counters that are used again: the pages of new ones cost more than the counting."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: list[Array] = []
+
+    def take(self, count: int, dtype: Any) -> Array:
+        """So many counters, all zero."""
+        with self._lock:
+            self._idle.sort(key=lambda memory: memory.nbytes)
+            memory = self._idle.pop() if self._idle else np.empty(0, np.uint8)
+        nbytes = count * np.dtype(dtype).itemsize
+        if memory.nbytes < nbytes:
+            return np.zeros(count, dtype)
+        counters: Array = memory[:nbytes].view(dtype)
+        counters[:] = 0
+        return counters
+
+    def give(self, counters: Array) -> None:
+        """Counters that are not needed any more."""
+        memory = counters if counters.base is None else counters.base
+        with self._lock:
+            self._idle.append(memory.view(np.uint8))
+
+
+_pool = _Pool()
+
+
 class _Counts:
     """What one worker has counted: keys in and above the brackets, and the rows' largest keys.
 
@@ -224,7 +253,7 @@ class _Counts:
             ],
             key,
         ).reshape(-1, 5)
-        self.bins = np.zeros(self._first[-1], np.int64 if size >= 1 << 31 else np.int32)
+        self.bins = _pool.take(self._first[-1], np.int64 if size >= 1 << 31 else np.int32)
         self.above = np.zeros(len(bracketed), np.int64)
         self.largest = {target.row: _Largest() for target in targets if target.rank == 1}
 
@@ -433,6 +462,7 @@ class _Order(Accumulator):
         (counts, *others), self._idle = self._idle, []
         for more in others:
             counts.add(more)
+            _pool.give(more.bins)
         number = 0
         for target in self._open():
             if target.rank == 1:
@@ -441,6 +471,7 @@ class _Order(Accumulator):
                 continue
             self._settle(target, counts.of(number), int(counts.above[number]))
             number += 1
+        _pool.give(counts.bins)
 
     def _settle(self, target: _Target, bins: Array, over: int) -> None:
         if target.rank <= over:

@@ -82,10 +82,16 @@ def count_brackets(keys: Array, brackets: Array, bins: Array, above: Array) -> N
 def find_rank(bins: Array, rank: int) -> tuple[int, int]:
     """(bin of the rank-th largest key, keys in higher bins); bin -1 if it lies below all."""
     greater = 0
-    for i in range(bins.size - 1, -1, -1):
-        if greater + bins[i] >= rank:
-            return i, greater
-        greater += bins[i]
+    for stop in range(bins.size, 0, -_CHUNK):
+        part = bins[max(stop - _CHUNK, 0) : stop]
+        total = part.sum()
+        if greater + total < rank:
+            greater += total
+            continue
+        for i in range(part.size - 1, -1, -1):
+            if greater + part[i] >= rank:
+                return stop - part.size + i, greater
+            greater += part[i]
     return -1, greater
 
 
