@@ -51,6 +51,10 @@ class Statistics:
         """All entries."""
         return list(self._file.tensors)
 
+    def identity(self) -> dict[str, Any]:
+        """What tells this very file from another one; its header holds the entries' norms."""
+        return self._file.identity()
+
     def require(self, name: str, model: str, tensor: str) -> tuple[int, ...]:
         """The shape of an entry; a file that lacks it is refused, naming the module."""
         if name in self._file.tensors:

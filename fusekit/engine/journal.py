@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.checkpoint.writer import CheckpointWriter
+from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import FusekitError
 
@@ -26,9 +27,15 @@ def subject(plan: Plan) -> dict[str, Any]:
     return {
         "fusekit": __version__,
         "recipe": dict(plan.recipe),
-        "inputs": [source.identity() for source in plan.sources],
+        "inputs": [identity for _, identity in inputs(plan)],
         "shards": [[shard.file_name, shard.nbytes] for shard in plan.layout.files],
     }
+
+
+def inputs(plan: Plan) -> list[tuple[str, dict[str, Any]]]:
+    """Name and identity of all that a plan reads: models, then files of statistics."""
+    models = [(source.label, source.identity()) for source in plan.sources]
+    return models + [(entry["path"], entry) for entry in statistics_identities(plan)]
 
 
 def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:

@@ -17,6 +17,7 @@ from fusekit.checkpoint.ranges import open_ranges
 from fusekit.checkpoint.remote import is_url, read_small, within
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
+from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import CheckpointError
 
@@ -27,7 +28,7 @@ FORMAT = "fusekit-manifest/1"
 def manifest(
     plan: Plan, checksums: Mapping[str, str], side: TensorSource | None = None
 ) -> dict[str, Any]:
-    """Recipe, version, the inputs' identities and every output tensor's checksum.
+    """Recipe, version, the identities of all inputs and every output tensor's checksum.
 
     `side` is the side file as written, if the output has one.
     """
@@ -38,6 +39,7 @@ def manifest(
         "fusekit": __version__,
         "recipe": dict(plan.recipe),
         "inputs": input_identities(plan),
+        "statistics": statistics_identities(plan),
         "checksum": ALGORITHM,
         "tensors": {
             planned.name: {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,9 +28,9 @@ class Measurements:
         self._names: dict[str, list[str]] = {}
         self._norms: dict[str, float] = {}
         try:
-            for planned in plan.tensors:
-                if planned.is_whole and planned.method.statistic is not None:
-                    self._check(plan, planned, planned.method.statistic(planned.tensor))
+            for planned in _measured(plan):
+                assert planned.method.statistic is not None
+                self._check(plan, planned, planned.method.statistic(planned.tensor))
         except BaseException:
             self.close()
             raise
@@ -67,6 +67,21 @@ class Measurements:
         if path not in self._norms:
             self._norms[path] = self._files[path].norm(self._names[path])
         return self._norms[path]
+
+
+def _measured(plan: Plan) -> Iterator[PlannedTensor]:
+    """The tensors whose merge takes statistics."""
+    return (p for p in plan.tensors if p.is_whole and p.method.statistic is not None)
+
+
+def statistics_identities(plan: Plan) -> list[dict[str, Any]]:
+    """What pins every file of statistics that a plan draws on: its path, and what it was."""
+    paths = dict.fromkeys(path for p in _measured(plan) for path in p.tensor.each("statistics"))
+    found = []
+    for path in paths:
+        with contextlib.closing(Statistics(path)) as file:
+            found.append({"reference": path, **file.identity()})
+    return found
 
 
 def _either(shapes: Iterable[tuple[int, ...]]) -> str:

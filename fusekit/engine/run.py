@@ -23,7 +23,7 @@ from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, check_target
 from fusekit.engine.companions import as_json, companions
 from fusekit.engine.executor import Execution, NonFinite
-from fusekit.engine.journal import JOURNAL, Journal, finished_tensors
+from fusekit.engine.journal import JOURNAL, Journal, finished_tensors, inputs
 from fusekit.engine.manifest import MANIFEST, manifest
 from fusekit.engine.matrices import check_device, execute
 from fusekit.engine.model_card import CARD, model_card
@@ -344,10 +344,10 @@ def _execute(
 
 def _check_inputs_unchanged(plan: Plan, folder: Path) -> None:
     before = json.loads((folder / JOURNAL).open(encoding="utf-8").readline())["inputs"]
-    for old, source in zip(before, plan.sources, strict=True):
-        if old != json.loads(json.dumps(source.identity())):
+    for old, (label, identity) in zip(before, inputs(plan), strict=True):
+        if old != json.loads(json.dumps(identity)):
             raise FusekitError(
-                f"{source.label}: changed while it was being read; the unfinished output is in "
+                f"{label}: changed while it was being read; the unfinished output is in "
                 f"{folder}, start over with --no-resume"
             )
 

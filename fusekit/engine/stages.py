@@ -12,6 +12,7 @@ from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.source import TensorInfo, TensorSource
 from fusekit.engine.companions import companions
 from fusekit.engine.manifest import MANIFEST, input_identities
+from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import CheckpointError
 
@@ -59,8 +60,12 @@ def is_made(folder: Path, plan: Plan) -> bool:
         content: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    expected = json.loads(json.dumps([dict(plan.recipe), input_identities(plan)]))
-    if [content.get("recipe"), content.get("inputs")] != expected:
+    expected = {
+        "recipe": dict(plan.recipe),
+        "inputs": input_identities(plan),
+        "statistics": statistics_identities(plan),
+    }
+    if {key: content.get(key) for key in expected} != json.loads(json.dumps(expected)):
         return False
     files = {p.name: plan.layout.shard_of[p.name].file_name for p in plan.tensors}
     return {name: entry["file"] for name, entry in content["tensors"].items()} == files

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -130,3 +131,91 @@ def test_models_that_lack_a_tensor_keep_their_own_statistics(folder: Path) -> No
     fishers[0] = np.maximum(fishers[0], 1e-6)
     top = sum(F * x for F, (x, _) in zip(fishers, pairs, strict=True))
     np.testing.assert_allclose(merged, top / sum(fishers), rtol=1e-5)
+
+
+def change(folder: Path, name: str) -> None:
+    """Other values of the same names and shapes."""
+    with_twice = {entry: 2 * values for entry, values in load_file(folder / name).items()}
+    save_statistics(folder / name, with_twice, {})
+
+
+class InterruptedMergeError(Exception):
+    pass
+
+
+def interrupt(progress: Any) -> None:
+    if progress.written:
+        raise InterruptedMergeError
+
+
+def test_the_manifest_tells_which_statistics_were_used(folder: Path) -> None:
+    pytest.importorskip("torch")
+    path = recipe(folder, "fisher", "fisher0", "fisher1")
+    recorded = []
+    for name in ("first", "second", "third"):
+        fusekit.merge(path, folder / name)
+        recorded.append(json.loads((folder / name / "manifest.json").read_text())["statistics"])
+        if name == "second":
+            change(folder, "fisher1")
+    first, second, third = recorded
+    assert [entry["path"] for entry in first] == [str(folder / f"fisher{i}") for i in range(2)]
+    assert first == second
+    assert first[0] == third[0]
+    assert first[1]["header_xxh3"] != third[1]["header_xxh3"]
+    assert fusekit.verify(folder / "third").ok
+
+
+def test_a_merge_without_statistics_records_none(folder: Path) -> None:
+    fusekit.merge(
+        {
+            "merge_method": "linear",
+            "models": [{"model": str(folder / f"m{i}.safetensors")} for i in range(2)],
+            "parameters": {"weight": 1.0},
+        },
+        folder / "out",
+    )
+    assert json.loads((folder / "out" / "manifest.json").read_text())["statistics"] == []
+
+
+@pytest.mark.parametrize("changed", [True, False])
+def test_an_interrupted_merge_goes_on_with_the_same_statistics_only(
+    folder: Path, changed: bool
+) -> None:
+    pytest.importorskip("torch")
+    path = recipe(folder, "fisher", "fisher0", "fisher1")
+    with pytest.raises(InterruptedMergeError):
+        fusekit.merge(path, folder / "out", on_progress=interrupt)
+    if not changed:
+        assert fusekit.merge(path, folder / "out").resumed == 1
+        return
+    change(folder, "fisher1")
+    with pytest.raises(FusekitError, match=r"the input .*fisher1 has changed since this merge"):
+        fusekit.merge(path, folder / "out")
+    assert fusekit.merge(path, folder / "out", resume=False).resumed == 0
+
+
+def test_statistics_that_change_while_they_are_read_are_noticed(folder: Path) -> None:
+    pytest.importorskip("torch")
+    path = recipe(folder, "fisher", "fisher0", "fisher1")
+    with pytest.raises(FusekitError, match="fisher1: changed while it was being read"):
+        fusekit.merge(path, folder / "out", on_progress=lambda _: change(folder, "fisher1"))
+
+
+def test_a_stage_is_made_again_when_its_statistics_have_changed(folder: Path) -> None:
+    pytest.importorskip("torch")
+    stage = yaml.safe_load(recipe(folder, "fisher", "fisher0", "fisher1").read_text())
+    last = {
+        "merge_method": "linear",
+        "models": [{"model": "both"}, {"model": "m0.safetensors"}],
+        "parameters": {"weight": 1.0},
+    }
+    path = folder / "documents.yml"
+    path.write_text(yaml.safe_dump_all([{"name": "both", **stage}, last]))
+    made = folder / "out.stages/both/model.safetensors"
+    written = []
+    for _ in range(2):
+        fusekit.merge(path, folder / "out", overwrite=True)
+        written.append((made.stat().st_mtime_ns, load_file(made)["fc.weight"]))
+    change(folder, "fisher1")
+    fusekit.merge(path, folder / "out", overwrite=True)
+    assert written[0][0] == written[1][0] != made.stat().st_mtime_ns
