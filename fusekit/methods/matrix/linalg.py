@@ -217,8 +217,8 @@ def polar(matrix: Tensor, numerical: bool = False) -> tuple[Tensor, Tensor]:
         U, S, V = _dense_triples(matrix, min(matrix.shape))
         return U @ V.T, S
     short = found.precise()
-    factor = outer(found.Q / found.S.sqrt()).to(short.dtype) @ short
-    return factor.T if found.flip else factor, found.S
+    mixing = outer(found.Q / found.S.sqrt()).to(short.dtype)
+    return short.T @ mixing if found.flip else mixing @ short, found.S
 
 
 def polar_mixing(columns: Tensor) -> Tensor:

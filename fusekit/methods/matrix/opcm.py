@@ -73,10 +73,15 @@ def project(
     inner = leading @ (leading.T @ right[:, :rank])
     mixed = Q * (Q * right).sum(0)
     mixed[:, :rank] = inner if protect == "inner" else right[:, :rank] - inner
-    kept = torch.addmm(T, (mixed / S) @ Q.T, N, alpha=-1.0)
+    removed = (mixed / S) @ Q.T
+    if found.flip:
+        kept = torch.addmm(T.T, N.T, removed.T, alpha=-1.0)
+    else:
+        kept = torch.addmm(T, removed, N, alpha=-1.0)
     if protect == "all" and rank:
-        kept.sub_(leading @ (leading.T @ T))
-    return (kept.T if found.flip else kept).to(delta.dtype)
+        touching = leading @ (leading.T @ T)
+        kept.sub_(touching.T if found.flip else touching)
+    return kept.to(delta.dtype)
 
 
 def add(
