@@ -194,6 +194,12 @@ def to_float32(array: Array) -> Float:
     return widened
 
 
+def half_precision(arrays: Iterable[Array]) -> bool:
+    """Whether all arrays are of two bytes an element or fewer: products of their values summed in
+    float32 are then as much finer than they as float64 is than float32."""
+    return all(array.dtype.itemsize <= 2 for array in arrays)
+
+
 def joined(arrays: Sequence[Array], axis: int) -> Float:
     """The arrays one after the other along an axis, in float32, as an array of its own."""
     if all(array.dtype.name == "bfloat16" for array in arrays):

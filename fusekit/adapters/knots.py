@@ -12,10 +12,11 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
-from fusekit.adapters.adapter import to_float32
-from fusekit.adapters.linalg import balance, gram_matrix, orthogonalize
+from fusekit.adapters.adapter import half_precision, joined, to_float32
+from fusekit.adapters.linalg import balance, gram_matrix, gram_svd, orthogonalize
 
 Array = npt.NDArray[Any]
+Double = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.int64]
 Rule = Literal["ties", "linear"]
 
@@ -55,19 +56,19 @@ class Aligned:
     Attributes:
         S: (k,) singular values of the concatenation `[D_1 | ... | D_n]`.
         turn: (sum of ranks, k); `U = [B_1 .. B_n] @ turn`.
-        loads: per source (k, k_i); the coordinates are `loads_i @ bases_i.T @ A_i`.
-        bases: per source (rank_i, k_i); `bases_i.T @ A_i` has orthonormal rows.
+        loads: per source (k, rank_i); the coordinates are `loads_i @ A_i`.
     """
 
     S: Array
     turn: Array
     loads: Sequence[Array]
-    bases: Sequence[Array]
 
     def basis(self, B: Sequence[Array]) -> Array:
-        """U (out, k), orthonormal columns, in float64, from the sources' B (out, rank_i)."""
-        stacked = np.concatenate([to_float32(b) for b in B], axis=1)
-        return stacked.astype(np.float64) @ self.turn
+        """U (out, k), orthonormal columns, from the sources' B (out, rank_i)."""
+        stacked = joined(B, axis=1)
+        if half_precision(B):
+            return np.asarray(stacked @ self.turn.astype(np.float32))
+        return (stacked.astype(np.float64) @ self.turn).astype(np.float32)
 
     def blocks(self, A: Sequence[Array], sources: Sequence[int]) -> Iterator[Block]:
         """The coordinates `diag(S) @ V_i` of all sources, some columns at a time.
@@ -78,10 +79,7 @@ class Aligned:
             A: (rank_i, in) of every source.
             sources: what blocks call them.
         """
-        directions = [
-            (basis.T @ to_float32(a).astype(np.float64)).astype(np.float32)
-            for basis, a in zip(self.bases, A, strict=True)
-        ]
+        wide = [to_float32(a) for a in A]
         loads = [load.astype(np.float32) for load in self.loads]
         columns = A[0].shape[1]
         room = np.empty(len(A) * len(self.S) * min(columns, BLOCK_COLUMNS), np.float32)
@@ -89,48 +87,80 @@ class Aligned:
             width = min(BLOCK_COLUMNS, columns - start)
             shape = (len(A), len(self.S), width)
             block = room[: len(A) * len(self.S) * width].reshape(shape)
-            for i, (load, direction) in enumerate(zip(loads, directions, strict=True)):
-                np.matmul(load, direction[:, start : start + width], out=block[i])
+            for i, (load, a) in enumerate(zip(loads, wide, strict=True)):
+                np.matmul(load, a[:, start : start + width], out=block[i])
             yield Block(tuple(sources), block)
 
 
 def align(parts: Sequence[tuple[Array, Array, float]]) -> Aligned:
     """The joint SVD of the concatenated updates `s_i B_i A_i`, from their factors alone.
 
-    `[D_1 | ... | D_n] = [B_1 .. B_n] blockdiag(s_i A_i)`: only the q x q core between the two
-    orthogonalised factors is decomposed, q being the sum of ranks.
+    `[D_1 | ... | D_n] = [B_1 .. B_n] blockdiag(s_i A_i)`: only a q x q matrix between the two is
+    decomposed, q being the sum of ranks. With `U = [B_1 .. B_n] turn` the coordinates are
+    `U^T D_i = s_i turn^T [B_1 .. B_n]^T B_i A_i`.
 
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    A = [to_float32(a) for a, _, _ in parts]
-    gram_b = gram_matrix(np.concatenate([to_float32(b) for _, b, _ in parts], axis=1))
-    grams_a = [gram_matrix(a.T) for a in A]
-    scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
-    norm_b = np.sqrt(gram_b.diagonal()) * np.abs(scale)
-    ratio = balance(norm_b, np.sqrt(np.concatenate([gram.diagonal() for gram in grams_a])))
-    left = orthogonalize(gram_b * np.outer(scale * ratio, scale * ratio))
-    edges = np.cumsum([0, *(len(a) for a in A)])
-    spans = [slice(i, j) for i, j in itertools.pairwise(edges)]
+    if half_precision([factor for A, B, _ in parts for factor in (A, B)]):
+        grams = _Grams.of(parts, np.float32)
+        found = gram_svd(grams.b, grams.a, np.float32)
+        if found is not None:
+            return grams.aligned(found.S, found.left)
+    grams = _Grams.of(parts, np.float64)
+    found = gram_svd(grams.b, grams.a, np.float64)
+    if found is not None:
+        return grams.aligned(found.S, found.left)
+    return grams.aligned(*_decomposed(grams))
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Grams:
+    """Products of all columns of `[B_1 .. B_n]` and of all rows of `blockdiag(s_i A_i)`, in
+    float64."""
+
+    b: Double
+    a: Double
+    scale: Double
+    spans: Sequence[slice]
+
+    @classmethod
+    def of(
+        cls, parts: Sequence[tuple[Array, Array, float]], dtype: type[np.floating[Any]]
+    ) -> _Grams:
+        """The products multiplied in `dtype`."""
+        edges = np.cumsum([0, *(len(a) for a, _, _ in parts)])
+        spans = [slice(i, j) for i, j in itertools.pairwise(edges)]
+        total = np.zeros((edges[-1], edges[-1]))
+        for span, (a, _, s) in zip(spans, parts, strict=True):
+            total[span, span] = s * s * gram_matrix(to_float32(a).T, dtype)
+        scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
+        stacked = joined([b for _, b, _ in parts], axis=1)
+        return cls(gram_matrix(stacked, dtype), total, scale, spans)
+
+    def aligned(self, S: Double, turn: Double) -> Aligned:
+        """What the singular values and the left turn say, without components of rounding noise."""
+        keep = S > SINGULAR_CUTOFF
+        S, turn = S[keep], turn[:, keep]
+        loads = turn.T @ self.b * self.scale
+        return Aligned(S, turn, [loads[:, span] for span in self.spans])
+
+
+def _decomposed(grams: _Grams) -> tuple[Double, Double]:
+    """Singular values and left turn from orthogonal factorisations of both sides, which tell
+    directions of any size from each other."""
+    ratio = balance(np.sqrt(grams.b.diagonal()), np.sqrt(grams.a.diagonal()))
+    left = orthogonalize(grams.b * np.outer(ratio, ratio))
     rights = [
-        orthogonalize(gram / np.outer(ratio[span], ratio[span]))
-        for gram, span in zip(grams_a, spans, strict=True)
+        orthogonalize(grams.a[span, span] / np.outer(ratio[span], ratio[span]))
+        for span in grams.spans
     ]
     core = np.concatenate(
-        [left.R[:, span] @ right.R.T for span, right in zip(spans, rights, strict=True)], axis=1
+        [left.R[:, span] @ right.R.T for span, right in zip(grams.spans, rights, strict=True)],
+        axis=1,
     )
-    u, s, vt = np.linalg.svd(core, full_matrices=False)
-    keep = s > SINGULAR_CUTOFF
-    u, s, vt = u[:, keep], s[keep], vt[keep]
-    columns = np.cumsum([0, *(len(right.R) for right in rights)])
-    return Aligned(
-        S=s,
-        turn=(scale * ratio)[:, None] * (left.basis @ u),
-        loads=[s[:, None] * vt[:, i:j] for i, j in itertools.pairwise(columns)],
-        bases=[
-            right.basis / ratio[span][:, None] for right, span in zip(rights, spans, strict=True)
-        ],
-    )
+    u, s, _ = np.linalg.svd(core, full_matrices=False)
+    return s, ratio[:, None] * (left.basis @ u)
 
 
 class Agreement:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from fusekit.adapters.adapter import half_precision
 from fusekit.adapters.linalg import balance, gram_matrix, stack_factors
 
 Array = npt.NDArray[Any]
@@ -79,8 +80,8 @@ def merge_pieces(
     if options.canonicalize:
         A, B = _canonical(A, B)
     count = min(rank, len(A))
-    half_precision = all(max(a.itemsize, b.itemsize) <= 2 for a, b, _ in parts)
-    gram = _feature_gram(A, B, options.feature, np.float32 if half_precision else np.float64)
+    halves = half_precision([factor for a, b, _ in parts for factor in (a, b)])
+    gram = _feature_gram(A, B, options.feature, np.float32 if halves else np.float64)
     labels = _cluster(gram, count, options, seed, initial)
     centres_a, centres_b = _centres(A, B, labels, count, options)
     mean_rank = len(A) / len(parts)

@@ -126,9 +126,7 @@ def product_svd(
 ) -> ThinSvd:
     """Thin SVD of `B @ A` without forming it: O((out + in) q^2) for B (out, q), A (q, in).
 
-    With `A A^T = L L^T` and the eigenvectors W of `L^T (B^T B) L`, whose eigenvalues are S^2, the
-    singular vectors are `V = A^T L^-T W` and `U = B L W / S`. Factors that depend on each other too
-    closely for this are orthogonalised first.
+    See `gram_svd`; factors that depend on each other too closely for it are orthogonalised first.
 
     Args:
         rank: keep at most this many triples.
@@ -142,12 +140,30 @@ def product_svd(
     return _svd_by_eigenvectors(B, A, rank, np.float64) or _svd_by_core(B, A, rank)
 
 
-def _svd_by_eigenvectors(
-    B: Array, A: Array, rank: int | None, dtype: type[np.floating[Any]]
-) -> ThinSvd | None:
-    """See `product_svd`; None where Gram matrices in `dtype` cannot tell directions from noise."""
+@dataclass(frozen=True, slots=True)
+class GramSvd:
+    """The SVD of `B @ A` in terms of its factors: `U = B @ left`, `V = A.T @ right`."""
+
+    left: Double
+    S: Double
+    right: Double
+
+
+def gram_svd(
+    gram_b: Double, gram_a: Double, dtype: type[np.floating[Any]], rank: int | None = None
+) -> GramSvd | None:
+    """The leading triples of `B @ A` from `B.T @ B` and `A @ A.T`.
+
+    With `A A^T = L L^T` and the eigenvectors W of `L^T (B^T B) L`, whose eigenvalues are S^2:
+    `U = B L W / S` and `V = A^T L^-T W`.
+
+    Args:
+        dtype: the element type in which the Gram matrices were multiplied.
+
+    Returns:
+        None where Gram matrices in that type cannot tell directions from noise.
+    """
     noise = GRAM_NOISE * float(np.finfo(dtype).eps)
-    gram_a = gram_matrix(A.T, dtype)
     lengths = np.sqrt(gram_a.diagonal())
     if not np.all(lengths > 0):
         return None
@@ -158,14 +174,25 @@ def _svd_by_eigenvectors(
     if float(lower.diagonal().min()) ** 2 < noise:
         return None
     turned = lengths[:, None] * lower
-    values, vectors = np.linalg.eigh(turned.T @ gram_matrix(B, dtype) @ turned)
+    values, vectors = np.linalg.eigh(turned.T @ gram_b @ turned)
     values, vectors = values[::-1][:rank], vectors[:, ::-1][:, :rank]
     if not values[-1] > noise * values[0]:
         return None
     roots = np.sqrt(values)
-    U = _wide_product(B, turned @ vectors / roots, dtype)
-    V = _wide_product(A.T, np.linalg.solve(lower.T, vectors) / lengths[:, None], dtype)
-    return ThinSvd(U, roots, V.T)
+    right = np.linalg.solve(lower.T, vectors) / lengths[:, None]
+    return GramSvd(turned @ vectors / roots, roots, right)
+
+
+def _svd_by_eigenvectors(
+    B: Array, A: Array, rank: int | None, dtype: type[np.floating[Any]]
+) -> ThinSvd | None:
+    """See `product_svd`; None where `gram_svd` gives none."""
+    found = gram_svd(gram_matrix(B, dtype), gram_matrix(A.T, dtype), dtype, rank)
+    if found is None:
+        return None
+    U = _wide_product(B, found.left, dtype)
+    V = _wide_product(A.T, found.right, dtype)
+    return ThinSvd(U, found.S, V.T)
 
 
 def _svd_by_core(B: Array, A: Array, rank: int | None) -> ThinSvd:

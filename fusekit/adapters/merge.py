@@ -16,6 +16,7 @@ from fusekit.adapters.adapter import (
     Array,
     LoraModule,
     common_dtype,
+    half_precision,
     same_bits,
     to_float32,
     widen,
@@ -144,10 +145,6 @@ class _Part:
     @property
     def coefficient(self) -> float:
         return self.weight * self.module.scaling
-
-    @property
-    def half_precision(self) -> bool:
-        return max(self.module.A.dtype.itemsize, self.module.B.dtype.itemsize) <= 2
 
 
 Settings = tuple[Sequence[float], MergeOptions]
@@ -551,8 +548,8 @@ def _delta_space(
     plain = combination == Combination()
     if plain and all(part.dense is None for part in parts):
         A, B = stack_factors(_low_rank(name, parts))
-        half = all(part.half_precision for part in parts)
-        return product_svd(B, A, rank, half_precision=half).factors(split)
+        halves = half_precision([factor for part in parts for factor in (part.A, part.B)])
+        return product_svd(B, A, rank, half_precision=halves).factors(split)
     delta = _combined_delta(name, parts, combination, options)
     return _dense_svd(delta, rank, options).factors(split)
 
@@ -673,7 +670,7 @@ class _Knots:
             columns = slice(done, done + block.coordinates.shape[2])
             merged[:, columns] = merge_coordinates(block, weights, self._rule, self._agreement)
             done = columns.stop
-        basis = aligned.basis(B).astype(np.float32)
+        basis = aligned.basis(B)
         return (basis.T, merged.T) if self._options.knots_basis == "input" else (merged, basis)
 
     def _sides(self, parts: Sequence[_Part]) -> tuple[list[Array], list[Array]]:
