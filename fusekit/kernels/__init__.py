@@ -21,11 +21,13 @@ _SUBMODULES = (
     "compare",
     "compete",
     "direct",
+    "divergence",
     "elect",
     "factors",
     "floats",
     "gram",
     "linear",
+    "lanes",
     "lowrank",
     "masks",
     "norms",
@@ -38,6 +40,7 @@ _SUBMODULES = (
     "stitch",
     "thin",
     "tiles",
+    "trimmed",
 )
 
 

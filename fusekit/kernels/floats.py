@@ -28,8 +28,22 @@ def _as_bits(typingctx: Any, value: Any) -> Any:
     return types.uint32(types.float32), build
 
 
+def _value_of(typingctx: Any, element: Any) -> Any:
+    """The value of an operand's element: the bits of a bfloat16 (uint16), or the number it is."""
+    if element != types.uint16:
+        return element(element), lambda context, builder, signature, arguments: arguments[0]
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word = ir.IntType(32)
+        bits = builder.shl(builder.zext(arguments[0], word), word(16))
+        return builder.bitcast(bits, ir.FloatType())
+
+    return types.float32(types.uint16), build
+
+
 as_float32: Any = intrinsic(_as_float32)
 as_bits: Any = intrinsic(_as_bits)
+value_of: Any = intrinsic(_value_of)
 
 
 @njit(nogil=True, cache=True)

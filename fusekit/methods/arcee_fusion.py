@@ -31,9 +31,25 @@ def _row_length(shape: tuple[int, ...]) -> int:
     return shape[-1] if len(shape) > 1 else math.prod(shape)
 
 
+def _operands(block: Block) -> tuple[Array, Array]:
+    """The elements of both models: bits of bfloat16 as they were read, else decoded rows."""
+    packed = block.packed
+    if packed is None or packed.kind != kernels.tiles.BF16:
+        return block.rows[0], block.rows[1]
+    bits = packed.bits[:, packed.start : packed.start + block.size]
+    return bits[0], bits[1]
+
+
+def _place(block: Block) -> tuple[int, int]:
+    """Where in the tensor the block begins, and how long the tensor's rows are."""
+    return block.start, _row_length(block.tensor.shape)
+
+
 @dataclass(frozen=True)
 class RowDivergences(Sequential):
     """KL divergence of each row's softmax in the second model from that in the first: (rows,)."""
+
+    in_registers: ClassVar[bool] = True
 
     def unit(self, shape: tuple[int, ...]) -> int:
         return _row_length(shape)
@@ -44,18 +60,16 @@ class RowDivergences(Sequential):
         return np.empty(tensor.size // _row_length(tensor.shape))
 
     def update(self, state: Array, block: Block) -> None:
-        length = _row_length(block.tensor.shape)
-        first = block.start // length
-        rows = state[first : first + block.rows.shape[1] // length]
-        kernels.pairs.softmax_divergences(block.rows[0], block.rows[1], length, _EPSILON, rows)
+        import numpy as np
 
-
-def importance(block: Block, divergences: Array) -> Array:
-    """(1, m) importance |b - a| * K of the entries, K the divergence of their row."""
-    out = block.scratch("importance", (1, block.rows.shape[1]), block.rows.dtype)
-    length = _row_length(block.tensor.shape)
-    kernels.pairs.importance(block.rows[0], block.rows[1], divergences, block.start, length, out[0])
-    return out
+        start, length = _place(block)
+        rows = state[start // length : (start + block.size) // length]
+        first, second = _operands(block)
+        if first.dtype == np.float64:
+            rows[:] = np.nan
+        elif kernels.divergence.near(first, second, length, _EPSILON, rows):
+            return
+        kernels.divergence.softmax(block.rows[0], block.rows[1], length, _EPSILON, rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +77,7 @@ class Importances(OrderStatistics):
     """The importances of the given ranks (1 is the largest)."""
 
     absolute: ClassVar[bool] = False
+    in_registers: ClassVar[bool] = True
 
     divergences: Array
     wanted: tuple[int, ...]
@@ -73,7 +88,21 @@ class Importances(OrderStatistics):
         return (self.wanted,)
 
     def values(self, block: Block) -> Array:
-        return importance(block, self.divergences)
+        import numpy as np
+
+        first, second = _operands(block)
+        kind = np.float64 if first.dtype == np.float64 else np.float32
+        out = block.scratch("importance", (1, block.size), kind)
+        kernels.pairs.importance(first, second, self.divergences, *_place(block), out[0])
+        return out
+
+    def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
+        first, second = _operands(block)
+        if first.dtype.itemsize > 4:
+            return False
+        place, counts = _place(block), (brackets, bins, above)
+        kernels.pairs.count_importances(first, second, self.divergences, *place, *counts)
+        return True
 
     def group_key(self) -> tuple[Any, ...]:
         return (Importances, self.wanted)
@@ -81,14 +110,34 @@ class Importances(OrderStatistics):
 
 @dataclass(frozen=True, eq=False)
 class TakeImportant(Combine):
-    """The second model's entries of at least a threshold's importance, else the first's."""
+    """The second model's entries of at least a threshold's importance |b - a| K, else the first's.
+
+    K is the divergence of the entry's row.
+    """
+
+    in_registers: ClassVar[bool] = True
 
     divergences: Array
     threshold: float
 
+    def encode(self, block: Block, out: Array) -> bool:
+        first, second = _operands(block)
+        if first.dtype != out.dtype:
+            return False
+        self._choose(block, first, second, out)
+        return True
+
     def apply(self, block: Block, out: Array) -> None:
-        scores = importance(block, self.divergences)[0]
-        kernels.pairs.choose(block.rows[0], block.rows[1], scores, self.threshold, out)
+        self._choose(block, block.rows[0], block.rows[1], out)
+
+    def _choose(self, block: Block, first: Array, second: Array, out: Array) -> None:
+        import numpy as np
+
+        kind = np.float64 if first.dtype == np.float64 else np.float32
+        least = np.array([self.threshold], kind)
+        if least[0] < self.threshold:
+            least = np.nextafter(least, kind(np.inf))
+        kernels.pairs.choose(first, second, self.divergences, *_place(block), least, out)
 
 
 def _arcee_fusion(tensor: Tensor) -> Generator[Summary, Any, Combine]:

@@ -31,6 +31,7 @@ EXACT = [
     ("dare_linear", {"density": 0.4, "rescale": "inverse", "strategy": "magnitude"}, {}),
     ("dare_linear", {"density": 0.5, "weight_format": "finetuned"}, {}),
     ("breadcrumbs", {"density": 0.3, "gamma": 0.02}, {}),
+    ("arcee_fusion", {}, {}),
 ]
 ROUNDED = [
     ("ties", {"density": 0.2}, {}),
@@ -60,7 +61,7 @@ def family(dtype: Any) -> tuple[dict[str, Array], list[dict[str, Array]]]:
 def merged(name: str, parameters: Any, own: Any, dtype: Any, **options: Any) -> Array:
     base, models = family(dtype)
     method = find(name)
-    models = models[: {"slerp": 1, "nuslerp": 2}.get(name, 3)]
+    models = models[: {"slerp": 1, "nuslerp": 2, "arcee_fusion": 1}.get(name, 3)]
     result = fusekit.merge_state_dicts(
         models,
         method=name,
@@ -108,7 +109,9 @@ def test_elections_and_scales_are_the_same_to_one_rounding(
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "dare_linear", "ties", "slerp"])
+@pytest.mark.parametrize(
+    "name", ["linear", "task_arithmetic", "dare_linear", "ties", "slerp", "arcee_fusion"]
+)
 @pytest.mark.parametrize("operand", ["base", 0])
 def test_nan_and_infinity_are_counted_once(name: str, operand: Any, dtype: Any) -> None:
     base, models = family(dtype)
@@ -120,7 +123,7 @@ def test_nan_and_infinity_are_counted_once(name: str, operand: Any, dtype: Any) 
     spoilt.reshape(-1)[[5, 30_000, 60_000]] = [np.nan, np.inf, -np.inf]
     with pytest.raises(CheckpointError, match="'w' has 3 NaN or infinite"):
         fusekit.merge_state_dicts(
-            models[:1] if name == "slerp" else models,
+            models[:1] if name in {"slerp", "arcee_fusion"} else models,
             method=name,
             base=base or None,
             model_parameters=[{"weight": 0.5}] * 3 if name == "linear" else None,

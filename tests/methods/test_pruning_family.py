@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -145,8 +146,8 @@ def test_importance_of_arcee_fusion(name: str) -> None:
     for tensor, expected in case.group("out/importance").items():
         a, b = base_of(case)[tensor], case.models[0][tensor]
         length = a.shape[-1]
-        rows, found = np.empty(a.size // length), np.empty(a.size, np.float32)
-        kernels.pairs.softmax_divergences(a.ravel(), b.ravel(), length, 1e-8, rows)
+        rows, found = np.full(a.size // length, np.nan), np.empty(a.size, np.float32)
+        kernels.divergence.softmax(a.ravel(), b.ravel(), length, 1e-8, rows)
         kernels.pairs.importance(a.ravel(), b.ravel(), rows, 0, length, found)
         np.testing.assert_allclose(found.reshape(a.shape), expected, atol=1e-6)
 
@@ -699,6 +700,22 @@ def test_arcee_fusion_takes_what_the_definition_takes(scale: float, factor: floa
     taken = merged == b
     assert 0.02 < taken.mean() < 0.6
     assert np.abs(b - a)[taken].mean() > np.abs(b - a)[~taken].mean()
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float32, np.float64])
+def test_arcee_fusion_of_tensors_whose_importances_are_counted(dtype: Any) -> None:
+    rng = np.random.default_rng(6)
+    a = (0.05 * rng.standard_normal((500, 401))).astype(dtype)
+    b = (a.astype(np.float32) + 0.005 * rng.standard_normal(a.shape)).astype(dtype)
+    b[0] = a[0]
+    b[1, 3] = 4.0
+    first, second = (
+        merge_state_dicts([{"w": b}], method="arcee_fusion", base={"w": a}, threads=threads)["w"]
+        for threads in (1, 3)
+    )
+    np.testing.assert_array_equal(first, second)
+    expected = fused_by_definition(a.astype(np.float64), b.astype(np.float64), 1.5)
+    assert (first != expected).mean() < 2e-5
 
 
 def test_arcee_fusion_of_a_model_with_itself_changes_nothing() -> None:
