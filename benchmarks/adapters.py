@@ -3,8 +3,10 @@
     python benchmarks/adapters.py merge [--targets all|attention] [--method svd ...] [--runs 3]
     python benchmarks/adapters.py extract [--size 2048]
 
-Every merge runs in a process of its own, from files to files, so that its peak memory is its own.
-Of several runs the least time and the largest memory count.
+Every merge runs in a process of its own, from files to files, so that its peak memory is its own;
+its times are those of the whole process, start-up included. Of several runs the least time and the
+largest memory count. Floating-point operations are those of matrix products and decompositions, by
+their usual counts (Golub and Van Loan, "Matrix Computations").
 """
 
 from __future__ import annotations
@@ -40,9 +42,25 @@ DENSITY = {
     "magnitude_prune": 0.5,
     "knots_ties": 0.5,
     "knots_linear": 0.5,
+    "knots_dare_ties": 0.5,
 }
 
-METHODS = ["linear", "cat", "svd", "ties", "lora_lego", "knots_linear", "knots_ties"]
+METHODS = [
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "dare_linear",
+    "dare_ties",
+    "magnitude_prune",
+    "lora_lego",
+    "knots_linear",
+    "knots_ties",
+    "knots_dare_ties",
+]
+COORDINATE_PASSES = {"knots_linear": 2, "knots_ties": 3, "knots_dare_ties": 2}
+"""How often the coordinates of all layers are computed, a sample of one column in 16 aside: to
+count magnitudes, to find the majority sign, to merge."""
 
 
 def write_adapters(folder: Path, targets: str, count: int, rank: int) -> list[Path]:
@@ -77,16 +95,33 @@ def run_merge(method: str, folders: list[str], out: str) -> dict[str, Any]:
     """One merge, files to files; called in a process of its own."""
     from fusekit.adapters import MergeOptions, load_adapter, merge_adapters, write_adapter
 
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    start = time.perf_counter()
     options = MergeOptions(density=DENSITY.get(method))
     write_adapter(merge_adapters([load_adapter(f) for f in folders], method, options=options), out)
-    seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    used = resource.getrusage(resource.RUSAGE_SELF)
     from fusekit.memory import peak_memory
 
-    return {"seconds": seconds, "cpu_seconds": busy, "peak_mb": peak_memory() / 2**20}
+    return {"cpu_seconds": used.ru_utime + used.ru_stime, "peak_mb": peak_memory() / 2**20}
+
+
+def core_flops(rows: int, columns: int, stacked: int, rank: int) -> float:
+    """Of the textbook route for one module: thin QR of both stacked factors, SVD of the core."""
+    qr = sum(4 * side * stacked**2 - 4 / 3 * stacked**3 for side in (rows, columns))
+    return qr + 2 * stacked**3 + 22 * stacked**3 + 2 * (rows + columns) * stacked * rank
+
+
+def method_flops(method: str, rows: int, columns: int, stacked: int, rank: int) -> float | None:
+    """Of what is done instead, for the methods that decompose."""
+    small = stacked**3 / 3 + 4 * stacked**3 + 9 * stacked**3  # Cholesky, products, eigenvectors
+    if method == "svd":
+        gram = (rows + columns) * stacked**2
+        solve = 2 / 3 * stacked**3 + 2 * stacked**2 * rank
+        return gram + small + solve + 2 * (rows + columns) * stacked * rank
+    if method in COORDINATE_PASSES:
+        gram = rows * stacked**2 + columns * stacked * rank
+        sampled = 0 if method == "knots_dare_ties" else 1 / 16
+        coordinates = (COORDINATE_PASSES[method] + sampled) * 2 * columns * stacked**2
+        return gram + small + 2 * stacked**3 + 2 * rows * stacked**2 + coordinates
+    return None
 
 
 def core_seconds(folders: list[Path]) -> float:
@@ -122,24 +157,33 @@ def benchmark_merge(targets: str, methods: list[str], count: int, rank: int, run
         size = sum((f / "adapter_model.safetensors").stat().st_size for f in folders) / 1e6
         print(f"{count} adapters of rank {rank}, {targets} targets, {size:.0f} MB in all")
         core = core_seconds(folders)
-        print(f"  thin QR and SVD of the stacked factors alone: {core:.2f} s of processor time")
+        shapes = [(*shape, count * rank, rank) for shape in TARGETS[targets].values()]
+        core_work = sum(core_flops(*shape) for shape in shapes)
+        print(
+            f"  thin QR and SVD of the stacked factors alone: {core:.2f} s of processor time, "
+            f"{core_work * LAYERS / 1e9:.0f} Gflop"
+        )
         for method in methods:
             request = json.dumps([method, [str(f) for f in folders], str(folder / "out")])
             results = []
             for _ in range(runs):
+                start = time.perf_counter()
                 done = subprocess.run(
                     [sys.executable, __file__, "one", request],
                     check=True,
                     capture_output=True,
                     text=True,
                 )
-                results.append(json.loads(done.stdout))
+                seconds = time.perf_counter() - start
+                results.append({"seconds": seconds, **json.loads(done.stdout)})
                 shutil.rmtree(folder / "out")
-            least = min(result["cpu_seconds"] for result in results)
+            work = [method_flops(method, *shape) for shape in shapes]
+            share = sum(flops for flops in work if flops is not None) / core_work
             print(
                 f"  {method:16} {min(result['seconds'] for result in results):6.2f} s   "
-                f"{least:6.2f} s of processor time ({least / core:4.2f} of the QRs)   "
+                f"{min(result['cpu_seconds'] for result in results):6.2f} s of processor time   "
                 f"peak {max(result['peak_mb'] for result in results):5.0f} MB"
+                + (f"   {share:4.2f} of the QRs' flops" if share else "")
             )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.adapters.adapter import half_precision
-from fusekit.adapters.linalg import balance, gram_matrix, stack_factors
+from fusekit.adapters.adapter import half_precision, joined
+from fusekit.adapters.linalg import balance, gram_matrix
 
 Array = npt.NDArray[Any]
 
@@ -73,18 +74,13 @@ def merge_pieces(
         "Merging LoRAs like Playing LEGO: Pushing the Modularity of LoRA to Extremes Through
         Rank-Wise Clustering", arXiv 2409.16167.
     """
-    roots = [math.sqrt(abs(coefficient)) for _, _, coefficient in parts]
-    signed = [math.copysign(root, c) for root, (_, _, c) in zip(roots, parts, strict=True)]
-    A, B = stack_factors([(a, b, c) for (a, b, _), c in zip(parts, signed, strict=True)])
-    B *= np.repeat(np.asarray(roots, np.float32), [len(a) for a, _, _ in parts])
+    pieces = _Pieces.pooled(parts)
     if options.canonicalize:
-        A, B = _canonical(A, B)
-    count = min(rank, len(A))
-    halves = half_precision([factor for a, b, _ in parts for factor in (a, b)])
-    gram = _feature_gram(A, B, options.feature, np.float32 if halves else np.float64)
-    labels = _cluster(gram, count, options, seed, initial)
-    centres_a, centres_b = _centres(A, B, labels, count, options)
-    mean_rank = len(A) / len(parts)
+        pieces = pieces.canonical()
+    count = min(rank, len(pieces.A))
+    labels = _cluster(pieces.features(options.feature), count, options, seed, initial)
+    centres_a, centres_b = _centres(pieces, labels, count, options)
+    mean_rank = len(pieces.A) / len(parts)
     scale = np.float32(math.sqrt(mean_rank / count) if options.output_reweighting else 1.0)
     used = np.unique(labels)
     return LegoResult(
@@ -95,31 +91,87 @@ def merge_pieces(
     )
 
 
-def _feature_gram(
-    A: Array, B: Array, feature: Literal["unit", "raw"], dtype: type[np.floating[Any]]
-) -> Array:
-    """Inner products of all pairs of features, a row of A and a column of B, each of the two at
-    unit length for `unit`.
+@dataclass(frozen=True, eq=False, slots=True)
+class _Pieces:
+    """Rank-1 pieces `(on_a A[j], on_b B[:, j])`: scaled wherever they are used, never as a whole.
 
-    All k-means needs of the features: a centre is a weighted mean of them, so that its distances
-    are sums of these products.
+    Attributes:
+        A: (n, in) float32.
+        B: (out, n) float32.
+        on_a, on_b: (n,) factors of the rows of A and the columns of B.
+        gram_a, gram_b: products of all pairs of scaled halves.
     """
-    total = np.zeros((len(A), len(A)))
-    for gram in (gram_matrix(A.T, dtype), gram_matrix(B, dtype)):
-        if feature == "unit":
+
+    A: Array
+    B: Array
+    on_a: Array
+    on_b: Array
+    gram_a: Array
+    gram_b: Array
+
+    @classmethod
+    def pooled(cls, parts: Sequence[tuple[Array, Array, float]]) -> _Pieces:
+        """The pieces of all sources, in their order."""
+        halves = half_precision([factor for a, b, _ in parts for factor in (a, b)])
+        dtype = np.float32 if halves else np.float64
+        A, B = joined([a for a, _, _ in parts], axis=0), joined([b for _, b, _ in parts], axis=1)
+        ranks = [len(a) for a, _, _ in parts]
+        coefficients = np.repeat([coefficient for _, _, coefficient in parts], ranks)
+        on_b = np.sqrt(np.abs(coefficients))
+        on_a = np.copysign(on_b, coefficients)
+        grams = gram_matrix(A.T, dtype), gram_matrix(B, dtype)
+        return cls(A, B, np.ones_like(on_a), np.ones_like(on_b), *grams).scaled(on_a, on_b)
+
+    def scaled(self, on_a: Array, on_b: Array) -> _Pieces:
+        """The pieces with their halves multiplied by further factors."""
+        return dataclasses.replace(
+            self,
+            on_a=self.on_a * on_a,
+            on_b=self.on_b * on_b,
+            gram_a=self.gram_a * np.outer(on_a, on_a),
+            gram_b=self.gram_b * np.outer(on_b, on_b),
+        )
+
+    def canonical(self) -> _Pieces:
+        """The same pieces with halves of equal length, turned towards the longest piece."""
+        norm_a, norm_b = np.sqrt(self.gram_a.diagonal()), np.sqrt(self.gram_b.diagonal())
+        ratio = balance(norm_a, norm_b)
+        largest = int(np.argmax(norm_a * norm_b))
+        signs = np.where(self.gram_a[largest] < 0, -1.0, 1.0)
+        return self.scaled(signs * ratio, signs / ratio)
+
+    def features(self, feature: Literal["unit", "raw"]) -> Array:
+        """Inner products of all pairs of features, a piece's halves end to end, each at unit length
+        for `unit`.
+
+        All k-means needs of the features: a centre is a weighted mean of them, so that its
+        distances are sums of these products.
+        """
+        if feature == "raw":
+            return self.gram_a + self.gram_b
+        total = np.zeros_like(self.gram_a)
+        for gram in (self.gram_a, self.gram_b):
             lengths = np.sqrt(gram.diagonal()) + 1e-8
-            gram /= np.outer(lengths, lengths)
-        total += gram
-    return total
+            total += gram / np.outer(lengths, lengths)
+        return total
+
+    def means(self, shares: Array) -> tuple[Array, Array]:
+        """Weighted sums of pieces, (k, in) and (out, k), for weights (k, n)."""
+        A = (shares * self.on_a).astype(np.float32) @ self.A
+        B = self.B @ (shares * self.on_b).astype(np.float32).T
+        return A, B
+
+    def norms(self, norm: Literal["linf", "l2"]) -> Array:
+        """The norm of every piece, its halves end to end."""
+        if norm == "l2":
+            return np.asarray(np.sqrt(self.gram_a.diagonal() + self.gram_b.diagonal()))
+        of_a, of_b = _largest(self.A, axis=1), _largest(self.B, axis=0)
+        return np.asarray(np.maximum(np.abs(self.on_a) * of_a, np.abs(self.on_b) * of_b))
 
 
-def _canonical(A: Array, B: Array) -> tuple[Array, Array]:
-    norm_a, norm_b = np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=0)
-    ratio = balance(norm_a, norm_b)
-    A, B = A * ratio[:, None], B / ratio
-    largest = int(np.argmax(norm_a * norm_b))
-    signs = np.where(A @ A[largest] < 0, np.float32(-1), np.float32(1))
-    return A * signs[:, None], B * signs
+def _largest(matrix: Array, axis: int) -> Array:
+    """The largest magnitude along an axis."""
+    return np.asarray(np.maximum(matrix.max(axis=axis), -matrix.min(axis=axis)))
 
 
 def _cluster(
@@ -146,40 +198,40 @@ def _k_means(gram: Array, initial: Array, iterations: int) -> tuple[npt.NDArray[
     """
     weights = np.zeros((len(initial), len(gram)))
     weights[np.arange(len(initial)), initial] = 1.0
-    labels = np.zeros(len(gram), dtype=np.int64)
+    labels = np.full(len(gram), -1)
     inertia = 0.0
     for _ in range(iterations):
         products = weights @ gram
         squares = np.sum(products * weights, axis=1)
         distances = (squares[:, None] - 2 * products).T + gram.diagonal()[:, None]
-        labels = np.argmin(distances, axis=1)
+        before, labels = labels, np.argmin(distances, axis=1)
         inertia = float(distances[np.arange(len(labels)), labels].sum())
-        for cluster in np.unique(labels):
-            members = labels == cluster
-            weights[cluster] = members / np.count_nonzero(members)
+        if np.array_equal(labels, before):
+            break  # and the centres would stay where they are
+        members = labels == np.arange(len(initial))[:, None]
+        sizes = members.sum(axis=1, keepdims=True)
+        weights = np.where(sizes > 0, members / np.maximum(sizes, 1), weights)
     return labels, inertia
 
 
 def _centres(
-    A: Array, B: Array, labels: npt.NDArray[np.int64], count: int, options: LegoOptions
+    pieces: _Pieces, labels: npt.NDArray[np.int64], count: int, options: LegoOptions
 ) -> tuple[Array, Array]:
     """Mean piece per cluster at its members' mean norm, (count, in) and (out, count); zero for an
     empty cluster."""
     members = labels == np.arange(count)[:, None]
-    shares = (members / np.maximum(1, members.sum(axis=1, keepdims=True))).astype(np.float32)
-    mean_a, mean_b = shares @ A, B @ shares.T
+    shares = members / np.maximum(1, members.sum(axis=1, keepdims=True))
+    mean_a, mean_b = pieces.means(shares)
     if options.parameter_reweighting:
-        wanted = shares @ _norms(A, B, options.norm)
-        found = _norms(mean_a, mean_b, options.norm)
-        factors = np.minimum(wanted / (found + np.float32(1e-12)), np.float32(MAX_REWEIGHTING))
+        wanted = shares @ pieces.norms(options.norm)
+        found = _norms_of_means(mean_a, mean_b, options.norm)
+        factors = np.minimum(wanted / (found + 1e-12), MAX_REWEIGHTING).astype(np.float32)
         mean_a *= factors[:, None]
         mean_b *= factors
     return mean_a, mean_b
 
 
-def _norms(A: Array, B: Array, norm: Literal["linf", "l2"]) -> Array:
-    """Norm of every piece, its halves a row of A and a column of B set end to end."""
+def _norms_of_means(A: Array, B: Array, norm: Literal["linf", "l2"]) -> Array:
     if norm == "linf":
-        ends = (A.max(axis=1), -A.min(axis=1), B.max(axis=0), -B.min(axis=0))
-        return np.asarray(np.maximum.reduce(ends))
+        return np.asarray(np.maximum(_largest(A, axis=1), _largest(B, axis=0)))
     return np.asarray(np.hypot(np.linalg.norm(A, axis=1), np.linalg.norm(B, axis=0)))
