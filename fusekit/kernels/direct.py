@@ -29,7 +29,7 @@ OVERFLOW = 0x7F7F8000
 
 
 @njit(nogil=True, cache=True)
-def _all_finite(bits: Array, start: int, stop: int) -> bool:
+def all_finite(bits: Array, start: int, stop: int) -> bool:
     """Whether no operand has a NaN or infinite entry."""
     largest = np.uint16(0)
     for r in range(bits.shape[0]):
@@ -324,7 +324,7 @@ def drop_weighted_sum(
     for at in range(0, out.size, random.RUN):
         part = out[at : at + random.RUN]
         a, c = start + at, start + at + part.size
-        if not _all_finite(bits, a, c):  # what is dropped would not show in the result
+        if not all_finite(bits, a, c):  # what is dropped would not show in the result
             return False
         b = min(a + random.HALF, c)
         total = totals[: part.size]
@@ -383,7 +383,7 @@ def count_brackets(
     for done in range(0, size, CHUNK):
         begin = start + done
         stop = min(begin + CHUNK, start + size)
-        if not _all_finite(bits, begin, stop):
+        if not all_finite(bits, begin, stop):
             return done
         base = bits[bits.shape[0] - 1, begin:stop]
         for k in range(brackets.shape[0]):
@@ -411,7 +411,7 @@ def count_brackets(
 
 
 @njit(nogil=True, cache=True)
-def _count_equal(model: Array, base: Array, key: np.uint32) -> int:
+def count_equal_entries(model: Array, base: Array, key: np.uint32) -> int:
     """How many entries of a task vector have the magnitude whose bits are `key`."""
     count = np.uint32(0)
     for i in range(model.size):
@@ -421,101 +421,13 @@ def _count_equal(model: Array, base: Array, key: np.uint32) -> int:
 
 
 @njit(nogil=True, cache=True)
-def count_equal(
-    bits: Array, start: int, size: int, models: Array, keys: Array, out: Array
-) -> None:
-    """out[granule, j] = entries of task vector models[j] of the magnitude whose bits are keys[j]."""
+def count_equal(bits: Array, start: int, size: int, models: Array, keys: Array, out: Array) -> None:
+    """out[granule, j] = entries of task vector models[j] whose magnitude has the bits keys[j]."""
     base = bits[bits.shape[0] - 1]
     for granule in range(out.shape[0]):
         begin = start + granule * _GRANULE
         stop = min(begin + _GRANULE, start + size)
         for j in range(keys.size):
-            out[granule, j] = _count_equal(bits[models[j], begin:stop], base[begin:stop], keys[j])
-
-
-@njit(nogil=True, cache=True)
-def _least_kept(model: Array, base: Array, key: np.uint32, left: int) -> tuple[np.uint32, int]:
-    """(bits of the smallest magnitude to keep, how many of `left` ties that uses up).
-
-    The largest bits stand for a run in which only some ties are to be kept.
-    """
-    if left <= 0:
-        return np.uint32(key + np.uint32(1)), 0
-    equal = _count_equal(model, base, key)
-    if equal > left:
-        return _MAGNITUDE, 0
-    return key, equal
-
-
-@njit(nogil=True, cache=True, error_model="numpy")
-def elect_of_three(
-    bits: Array,
-    start: int,
-    keys: Array,
-    left: Array,
-    ballots: Array,
-    weights: Array,
-    divide: bool,
-    scale: float,
-    out: Array,
-) -> int:
-    """Sign election by mass and merging of trimmed task vectors, encoded, in one sweep.
-
-    Args:
-        bits: (4, any): three models and their base.
-        keys: (3,) uint32, the bits of each model's trimming threshold; 0 keeps everything.
-        left: (3,) how many entries equal to the threshold are kept, from the first on; counted
-            down. Negative: all.
-        ballots, weights: (3,) of the votes (summed in float64) and of the merge.
-        divide: by the weights of the entries that agree.
-        scale: of the merged task vector.
-
-    Returns:
-        how many elements are done: fewer than asked for where the next 1024 are to be merged
-        otherwise, because only some of their ties are kept or a value is not finite.
-    """
-    a, b, c = ballots[0], ballots[1], ballots[2]
-    u, v, w = np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2])
-    one, zero, factor = np.float32(1), np.float32(0), np.float32(scale)
-    least = np.empty(3, np.uint32)
-    used = np.empty(3, np.int64)
-    for begin in range(0, out.size, CHUNK):
-        part = out[begin : begin + CHUNK]
-        at = start + begin
-        stop = at + part.size
-        if not _all_finite(bits, at, stop):  # NaN agrees with no sign and would not show
-            return begin
-        base = bits[3, at:stop]
-        for r in range(3):
-            if left[r] < 0:
-                least[r], used[r] = keys[r], 0
-            else:
-                least[r], used[r] = _least_kept(bits[r, at:stop], base, keys[r], left[r])
-        if least[0] == _MAGNITUDE or least[1] == _MAGNITUDE or least[2] == _MAGNITUDE:
-            return begin
-        first, second, third = bits[0, at:stop], bits[1, at:stop], bits[2, at:stop]
-        j, k, m = least[0], least[1], least[2]
-        largest = np.uint32(0)
-        for i in range(part.size):
-            origin = from_bf16(base[i])
-            x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
-            z = from_bf16(third[i]) - origin
-            x = x if np.uint32(as_bits(x) & _MAGNITUDE) >= j else zero
-            y = y if np.uint32(as_bits(y) & _MAGNITUDE) >= k else zero
-            z = z if np.uint32(as_bits(z) & _MAGNITUDE) >= m else zero
-            vote = (a * np.float64(x) + b * np.float64(y)) + c * np.float64(z)
-            sign = -one if vote < 0.0 else one
-            x, y, z = u * x, v * y, w * z
-            agrees, too, as_well = x * sign > zero, y * sign > zero, z * sign > zero
-            merged = ((x if agrees else zero) + (y if too else zero)) + (z if as_well else zero)
-            if divide:
-                kept = ((u if agrees else zero) + (v if too else zero)) + (w if as_well else zero)
-                merged = merged / (kept if kept != zero else one)
-            value = origin + factor * merged
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= OVERFLOW:
-            return begin
-        for r in range(3):
-            left[r] -= used[r]
-    return int(out.size)
+            out[granule, j] = count_equal_entries(
+                bits[models[j], begin:stop], base[begin:stop], keys[j]
+            )

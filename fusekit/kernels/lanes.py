@@ -86,9 +86,7 @@ def _compare_keys(typingctx: Any, keys: Any, start: Any, low: Any, high: Any) ->
     return types.UniTuple(types.uint64, 2)(keys, types.intp, keys.dtype, keys.dtype), build
 
 
-def _compare_deltas(
-    typingctx: Any, model: Any, base: Any, start: Any, low: Any, high: Any
-) -> Any:
+def _compare_deltas(typingctx: Any, model: Any, base: Any, start: Any, low: Any, high: Any) -> Any:
     """`compare_keys` of the magnitudes' bits of 64 task-vector entries of bfloat16 models."""
     _check_contiguous(model, base)
 

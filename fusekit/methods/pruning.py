@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -95,18 +95,56 @@ class Program:
     keys: Array
     flags: Array
     cuts: tuple[tuple[int, Cut], ...]
+    only_cuts: bool
+    """Whether it does nothing but cut the small or the large entries off."""
 
-    @contextmanager
-    def on(self, block: Block) -> Iterator[tuple[Array, ...]]:
-        """The kernels' arguments for a block; afterwards cuts know what is left of their ties."""
+    def arguments(self, block: Block) -> tuple[Array, ...]:
+        """The kernels' arguments for a block."""
         import numpy as np
 
         left = np.zeros(len(self.steps), np.int64)
         for number, cut in self.cuts:
             left[number] = cut.left(block.start)
-        yield self.steps, self.values, self.keys, left, self.flags
+        return self.steps, self.values, self.keys, left, self.flags
+
+    def leave(self, left: Array) -> None:
+        """Let cuts know what is left of their ties behind a block."""
         for number, cut in self.cuts:
             cut.leave(int(left[number]))
+
+    @contextmanager
+    def on(self, block: Block) -> Iterator[tuple[Array, ...]]:
+        """The kernels' arguments for a block; afterwards cuts know what is left of their ties."""
+        arguments = self.arguments(block)
+        yield arguments
+        self.leave(arguments[3])
+
+    def encode(
+        self,
+        block: Block,
+        out: Array,
+        merge: Callable[[int, tuple[Array, ...], Array], int],
+        merge_tile: Callable[[Packed, int, tuple[Array, ...], Array], None],
+    ) -> bool:
+        """Merge a bfloat16 block in registers, and the runs that these leave over by tiles.
+
+        `merge` takes where to begin, a program and room for the result, and returns how far it
+        came; `merge_tile` merges a run to float32. False where a value is not finite.
+        """
+        packed, codecs, done = block.packed, kernels.codecs, 0
+        assert packed is not None
+        arguments = self.arguments(block)
+        while True:
+            done += merge(packed.start + done, arguments, out[done:])
+            if done == block.size:
+                self.leave(arguments[3])
+                return True
+            run = out[done : done + kernels.trimmed.CHUNK]
+            row = block.scratch("run", (run.size,), "float32")
+            merge_tile(packed, done, arguments, row)
+            if packed.special.any() or codecs.encode_bf16(row, run):
+                return False
+            done += run.size
 
 
 def _compiled(tensor: Tensor, prunings: Prunings) -> Program | None:
@@ -124,6 +162,7 @@ def _compiled(tensor: Tensor, prunings: Prunings) -> Program | None:
         np.array([step.key for step in known], np.uint64),
         np.empty((0, 0), np.uint8) if flags is None else flags,
         tuple((number, s.cut) for number, s in enumerate(known) if s.cut is not None),
+        all(step.kind in kernels.trimmed.STEPS for step in known),
     )
 
 
@@ -283,32 +322,6 @@ class KeepLargest(RowPruning):
         return Step("KEEP_FIRST", self.model, self.cut.threshold, cut=self.cut)
 
 
-def trimming(block: Block, prunings: Prunings) -> tuple[Array, Array] | None:
-    """(bits of the models' thresholds in float32, ties left of each; -1: all) of a block.
-
-    None where the prunings do more than to keep each model's largest entries.
-    """
-    import numpy as np
-
-    keys = np.zeros(block.tensor.models, np.uint32)
-    left = np.full(block.tensor.models, -1, np.int64)
-    for pruning in prunings:
-        if not isinstance(pruning, KeepLargest) or keys[pruning.model]:
-            return None
-        cut = pruning.cut
-        keys[pruning.model] = np.float32(cut.threshold).view(np.uint32)
-        if cut.ties is not None:
-            left[pruning.model] = cut.left(block.start)
-    return keys, left
-
-
-def leave(prunings: Prunings, left: Array) -> None:
-    """Let the cuts of trimmed models know how many ties the block has left."""
-    for pruning in prunings:
-        if isinstance(pruning, KeepLargest) and pruning.cut.ties is not None:
-            pruning.cut.leave(int(left[pruning.model]))
-
-
 @dataclass(frozen=True, eq=False)
 class DropLargest(RowPruning):
     """Drop the entries before a cut."""
@@ -429,22 +442,34 @@ class TiesBefore(Cumulative):
                 out[grain, column] = kernels.order.count_equal(part[row], equal)
 
 
-def random_drops(
-    tensor: Tensor, packed: Packed | None, prunings: Prunings
-) -> tuple[Array, Array] | None:
-    """(keys, densities) of the models where all prunings are random drops of bfloat16 models."""
+@dataclass(frozen=True)
+class Drops:
+    """Random drops of all models, and what the kept entries are multiplied by."""
+
+    keys: Array
+    densities: Array
+    factors: Array
+
+
+def random_drops(tensor: Tensor, packed: Packed | None, prunings: Prunings) -> Drops | None:
+    """The prunings of bfloat16 models where each is dropped from and then scaled once at most."""
     import numpy as np
 
     if packed is None or packed.kind != kernels.tiles.BF16:
         return None
-    densities = [1.0] * tensor.models
+    densities, factors = [1.0] * tensor.models, [1.0] * tensor.models
     for pruning in prunings:
+        if isinstance(pruning, Scale) and factors[pruning.model] == 1.0:
+            factors[pruning.model] = pruning.factor
+            continue
         if not isinstance(pruning, RandomDrop) or densities[pruning.model] != 1.0:
             return None
         if explicit_mask(tensor, pruning.model) is not None:
             return None
         densities[pruning.model] = pruning.density
-    return np.array(tensor.keys, np.uint64), np.array(densities)
+    return Drops(
+        np.array(tensor.keys, np.uint64), np.array(densities), np.array(factors, np.float32)
+    )
 
 
 def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, out: Array) -> None:
@@ -464,9 +489,10 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
     drops = random_drops(block.tensor, packed, request.prunings)
     if unpruned and what == kernels.norms.MAGNITUDES and packed is not None and drops is not None:
         bits, position = (packed.bits, packed.start, block.size), block.start
-        kernels.direct.drop_sums(*bits, position, *drops, out)
-        if np.isfinite(out).all():
-            return
+        if (drops.factors == 1.0).all():
+            kernels.direct.drop_sums(*bits, position, drops.keys, drops.densities, out)
+            if np.isfinite(out).all():
+                return
     if program is not None and packed is not None and grain == GRANULE:
         place = packed.bits, packed.kind, packed.start, block.size, block.start
         with program.on(block) as steps:

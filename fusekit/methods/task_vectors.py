@@ -35,13 +35,11 @@ from fusekit.methods.pruning import (
     drop_random,
     drop_smallest,
     inverse_density,
-    leave,
     match_l1,
     prune,
     random_drops,
     trim_exact,
     trim_threshold,
-    trimming,
 )
 
 if TYPE_CHECKING:
@@ -66,11 +64,27 @@ class PrunedSum(OnPruned, Combine):
         import numpy as np
 
         packed = block.packed
-        drops = random_drops(block.tensor, packed, self.prunings)
-        if packed is None or drops is None:
+        if packed is None or packed.kind != kernels.tiles.BF16:
             return False
-        place = packed.bits, packed.start, block.start
-        return bool(kernels.direct.drop_weighted_sum(*place, *drops, np.array(self.weights), out))
+        weights = np.array(self.weights, dtype=np.float64)
+        drops = random_drops(block.tensor, packed, self.prunings)
+        if drops is not None and (drops.factors == 1.0).all():
+            place = packed.bits, packed.start, block.start, drops.keys, drops.densities
+            return bool(kernels.direct.drop_weighted_sum(*place, weights, out))
+        program = self.program(block)
+        if program is None or not program.only_cuts:
+            return False
+
+        def merge(start: int, arguments: tuple[Array, ...], out: Array) -> int:
+            steps, values, _, left, _ = arguments
+            cuts = steps, values, left
+            return int(kernels.trimmed.weighted_sum(packed.bits, start, *cuts, weights, out))
+
+        def merge_tile(packed: Packed, done: int, arguments: tuple[Array, ...], row: Array) -> None:
+            place = packed.bits, packed.kind, packed.start + done, block.start + done
+            kernels.tiles.weighted_sum(*place, *arguments, weights, packed.special, row)
+
+        return program.encode(block, out, merge, merge_tile)
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
@@ -102,59 +116,34 @@ class ElectedMerge(OnPruned, Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed, direct = block.packed, kernels.direct
+        packed, trimmed = block.packed, kernels.trimmed
         if packed is None or packed.kind != kernels.tiles.BF16 or len(self.weights) != 3:
             return False
         if self.election != _ELECTIONS["mass"] or self.tie_sign != 1 or self.merge > 1:
             return False
-        trimmed = trimming(block, self.prunings)
-        if trimmed is None:
-            return False
-        keys, left = trimmed
         ballots, weights = np.array(self.ballots), np.array(self.weights)
         choices = ballots, weights, self.merge == _MERGES["mean"], self.scale
-        done = 0
-        while True:
-            at = packed.start + done
-            done += direct.elect_of_three(packed.bits, at, keys, left, *choices, out[done:])
-            if done == block.size:
-                leave(self.prunings, left)
-                return True
-            run = out[done : done + direct.CHUNK]
-            if not self._encode_run(block, packed, done, keys, left, run):
-                return False
-            done += run.size
+        drops = random_drops(block.tensor, packed, self.prunings)
+        if drops is not None and self.prunings:
+            place = packed.bits, packed.start, block.start
+            chances = drops.keys, drops.densities, drops.factors
+            return bool(trimmed.drop_and_elect(*place, *chances, *choices, out))
+        program = self.program(block)
+        if program is None or not program.only_cuts:
+            return False
 
-    def _encode_run(
-        self, block: Block, packed: Packed, done: int, keys: Array, left: Array, out: Array
-    ) -> bool:
-        """Elements of which only some ties are kept; False where one is not finite."""
-        import numpy as np
+        def merge(start: int, arguments: tuple[Array, ...], out: Array) -> int:
+            steps, values, _, left, _ = arguments
+            return int(
+                trimmed.elect_of_three(packed.bits, start, steps, values, left, *choices, out)
+            )
 
-        tiles = kernels.tiles
-        budget = np.where(left < 0, np.iinfo(np.int64).max, left)
-        row = block.scratch("run", (out.size,), np.float32)
-        tiles.elect_and_merge(
-            packed.bits,
-            packed.kind,
-            packed.start + done,
-            block.start + done,
-            np.array([(tiles.KEEP_FIRST, model) for model in range(3)]),
-            keys.view(np.float32).astype(np.float64),
-            np.zeros(3, np.uint64),
-            budget,
-            np.empty((0, 0), np.uint8),
-            np.array(self.ballots),
-            np.array(self.weights),
-            self.election,
-            self.tie_sign,
-            self.merge,
-            self.scale,
-            packed.special,
-            row,
-        )
-        left[left >= 0] = budget[left >= 0]
-        return not packed.special.any() and kernels.codecs.encode_bf16(row, out) == 0
+        def merge_tile(packed: Packed, done: int, arguments: tuple[Array, ...], row: Array) -> None:
+            place = packed.bits, packed.kind, packed.start + done, block.start + done
+            voting = ballots, weights, self.election, self.tie_sign, self.merge, self.scale
+            kernels.tiles.elect_and_merge(*place, *arguments, *voting, packed.special, row)
+
+        return program.encode(block, out, merge, merge_tile)
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fusekit.kernels import direct, elect, floats, gram, linear, norms, order, random
+from fusekit.kernels import direct, floats, gram, linear, norms, order, random
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -146,41 +146,3 @@ def test_counting_stops_before_what_is_not_finite() -> None:
     bins, above = np.zeros(1 << 12, np.int32), np.zeros(1, np.int64)
     assert direct.count_brackets(bits, 0, 5000, brackets, bins, above) == 3072
     assert bins.sum() == 3072
-
-
-@pytest.mark.parametrize("divide", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-def test_election_of_three(size: int, divide: bool) -> None:
-    values, bits = operands(4, size, seed=8)
-    deltas, base = values[:3] - values[3], values[3]
-    thresholds = np.array([0.5, 0.0, 1.0], np.float32)
-    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
-    out = np.empty(size, np.uint16)
-    left = np.full(3, -1)
-    done = direct.elect_of_three(
-        bits, 3, thresholds.view(np.uint32), left, ballots, weights, divide, 0.7, out
-    )
-    assert done == size
-    trimmed = np.where(np.abs(deltas) >= thresholds[:, None], deltas, np.float32(0))
-    merge = elect.MEAN if divide else elect.SUM
-    expected = np.empty(size, np.float32)
-    work = np.empty((3, elect.CHUNK), np.float32)
-    elect.elect_and_merge(trimmed, ballots, weights, 0, 1, merge, base, 0.7, work, expected)
-    np.testing.assert_array_equal(out, expected.astype(ml_dtypes.bfloat16).view(np.uint16))
-
-
-def test_an_election_stops_where_ties_are_split() -> None:
-    size = 4096
-    bits = np.zeros((4, size), np.uint16)
-    bits[:3] = np.float32(1.0).astype(ml_dtypes.bfloat16).view(np.uint16)
-    keys = np.full(3, np.float32(1.0).view(np.uint32))
-    left = np.array([1500, 5000, 5000])
-    out = np.zeros(size, np.uint16)
-    done = direct.elect_of_three(bits, 0, keys, left, np.ones(3), np.ones(3), True, 1.0, out)
-    assert done == 1024
-    np.testing.assert_array_equal(left, [476, 3976, 3976])
-    left = np.array([1024, 5000, 0])
-    done = direct.elect_of_three(bits, 0, keys, left, np.ones(3), np.ones(3), False, 1.0, out)
-    assert done == size
-    found = out.view(ml_dtypes.bfloat16).astype(np.float32)
-    np.testing.assert_array_equal(found, np.repeat([2.0, 1.0], [1024, 3072]))

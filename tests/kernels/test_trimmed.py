@@ -1,0 +1,148 @@
+"""Cut and dropped bfloat16 task vectors merged in registers, against decoded rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fusekit.kernels import elect, linear, order, random, thin, tiles, trimmed
+from tests.kernels.test_direct import SIZES, operands
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+CUTS = [
+    (tiles.KEEP_AT_LEAST, 0, 0.5),
+    (tiles.KEEP_ABOVE, 1, 0.75),
+    (tiles.DROP_AT_LEAST, 1, 2.0),
+    (tiles.KEEP_FIRST, 2, 1.0),
+    (tiles.DROP_FIRST, 2, 2.0),
+]
+
+
+def program(cuts: list[tuple[int, int, float]], left: list[int]) -> tuple[Array, Array, Array]:
+    """Steps, values and equal entries left."""
+    steps = np.array([cut[:2] for cut in cuts], np.int64).reshape(-1, 2)
+    return steps, np.array([cut[2] for cut in cuts], np.float64), np.array(left, np.int64)
+
+
+def cut_rows(rows: Array, cuts: list[tuple[int, int, float]], left: Array) -> Array:
+    """The same on decoded rows, one step after the other."""
+    rows = np.ascontiguousarray(rows)
+    for number, (kind, model, value) in enumerate(cuts):
+        row, threshold = rows[model], np.float32(value)
+        if kind == tiles.KEEP_AT_LEAST:
+            order.keep_at_least(row, threshold)
+        elif kind == tiles.KEEP_ABOVE:
+            order.keep_above(row, threshold)
+        elif kind == tiles.DROP_AT_LEAST:
+            thin.drop_at_least(row, threshold)
+        elif kind == tiles.KEEP_FIRST:
+            left[number] -= order.keep_first(row, threshold, left[number])
+        else:
+            left[number] -= thin.drop_first(row, threshold, left[number])
+    return rows
+
+
+def rounded(values: Array) -> Array:
+    return values.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
+@pytest.mark.parametrize("ties", [0, 10**9])
+@pytest.mark.parametrize("size", SIZES)
+def test_cut_task_vectors_are_summed(size: int, ties: int) -> None:
+    values, bits = operands(4, size, seed=3)
+    steps, thresholds, left = program(CUTS, [0, 0, 0, ties, ties])
+    remaining = left.copy()
+    rows = cut_rows(values[:3] - values[3], CUTS, remaining)
+    weights = np.array([0.5, 1.5, -1.0])
+    out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
+    assert trimmed.weighted_sum(bits, 3, steps, thresholds, left, weights, out) == size
+    linear.weighted_sum(rows, weights, values[3], 1.0, expected)
+    np.testing.assert_array_equal(out, rounded(expected))
+    np.testing.assert_array_equal(left, remaining)
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_election_of_three(size: int, divide: bool) -> None:
+    values, bits = operands(4, size, seed=8)
+    steps, thresholds, left = program(CUTS, [0, 0, 0, 10**9, 10**9])
+    rows = cut_rows(values[:3] - values[3], CUTS, left.copy())
+    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
+    out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
+    choices = ballots, weights, divide, 0.7
+    assert trimmed.elect_of_three(bits, 3, steps, thresholds, left, *choices, out) == size
+    merge = elect.MEAN if divide else elect.SUM
+    work = np.empty((3, elect.CHUNK), np.float32)
+    elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
+    np.testing.assert_array_equal(out, rounded(expected))
+
+
+@pytest.mark.parametrize("kind", [tiles.KEEP_FIRST, tiles.DROP_FIRST])
+def test_runs_stop_where_ties_are_split(kind: int) -> None:
+    size = 4096
+    bits = np.zeros((4, size), np.uint16)
+    bits[:3] = rounded(np.ones(1))
+    cuts = [(kind, model, 1.0) for model in range(3)]
+    out = np.zeros(size, np.uint16)
+    steps, values, left = program(cuts, [1500, 5000, 5000])
+    choices = np.ones(3), np.ones(3), True, 1.0
+    assert trimmed.elect_of_three(bits, 0, steps, values, left, *choices, out) == 1024
+    np.testing.assert_array_equal(left, [476, 3976, 3976])
+    steps, values, left = program(cuts, [1500, 5000, 5000])
+    assert trimmed.weighted_sum(bits, 0, steps, values, left, np.ones(3), out) == 1024
+    np.testing.assert_array_equal(left, [476, 3976, 3976])
+    steps, values, left = program(cuts, [1024, 5000, 0])
+    assert trimmed.weighted_sum(bits, 0, steps, values, left, np.ones(3), out) == size
+    found = out.view(ml_dtypes.bfloat16).astype(np.float32)
+    kept = [2.0, 1.0] if kind == tiles.KEEP_FIRST else [1.0, 2.0]
+    np.testing.assert_array_equal(found, np.repeat(kept, [1024, 3072]))
+
+
+@pytest.mark.parametrize("cut", [tiles.KEEP_ABOVE, tiles.DROP_AT_LEAST])
+def test_a_cut_at_zero_or_at_infinity_may_leave_nothing(cut: int) -> None:
+    _, bits = operands(2, 1500, offset=0)
+    limit = np.inf if cut == tiles.KEEP_ABOVE else 0.0
+    steps, thresholds, left = program([(cut, 0, limit)], [0])
+    out = np.empty(1500, np.uint16)
+    assert trimmed.weighted_sum(bits, 0, steps, thresholds, left, np.ones(1), out) == 1500
+    np.testing.assert_array_equal(out, bits[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_what_is_not_finite_is_left_to_the_tiles(bad: float) -> None:
+    values, bits = operands(4, 3000, offset=0)
+    values[1, 2900] = bad
+    bits[1] = rounded(values[1])
+    steps, thresholds, left = program([], [])
+    weights, out = np.full(3, 2.0), np.empty(3000, np.uint16)
+    assert trimmed.weighted_sum(bits, 0, steps, thresholds, left, weights, out) == 2048
+    choices = np.ones(3), weights, False, 1.0
+    assert trimmed.elect_of_three(bits, 0, steps, thresholds, left, *choices, out) == 2048
+    chances = np.zeros(3, np.uint64), np.ones(3), np.ones(3, np.float32)
+    assert not trimmed.drop_and_elect(bits, 0, 0, *chances, *choices, out)
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("size", [*SIZES, 1 << 18])
+def test_election_of_three_after_random_drops(size: int, divide: bool) -> None:
+    values, bits = operands(4, size, seed=12)
+    keys, position = np.array([5, 6, 7], np.uint64), 3 * 8192
+    # Half a step between 16-bit draws, so that second draws count; the third drops nothing.
+    densities = np.array([0.4 + 0.5 / 65536, 2000.5 / 65536, 1.0])
+    factors = np.array([2.5, 3.0, 1.0], np.float32)
+    rows = values[:3] - values[3]
+    for row, density, key, factor in zip(rows, densities, keys, factors, strict=True):
+        random.drop(row, density, key, position)
+        row *= factor
+    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
+    out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
+    chances, choices = (keys, densities, factors), (ballots, weights, divide, 0.7)
+    assert trimmed.drop_and_elect(bits, 3, position, *chances, *choices, out)
+    merge = elect.MEAN if divide else elect.SUM
+    work = np.empty((3, elect.CHUNK), np.float32)
+    elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
+    np.testing.assert_array_equal(out, rounded(expected))
