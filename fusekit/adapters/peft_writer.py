@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import re
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -26,7 +27,8 @@ from fusekit.adapters.peft_format import (
     is_dotted_suffix,
 )
 from fusekit.adapters.provenance import CARD, Provenance
-from fusekit.checkpoint.dtypes import dtype_of
+from fusekit.adapters.unfinished import AdapterJournal
+from fusekit.checkpoint.dtypes import dtype_named, dtype_of
 from fusekit.checkpoint.writer import partial_folder, publish_folder
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.errors import CheckpointError, FusekitError
@@ -54,6 +56,8 @@ class AdapterWriter:
         overwrite: replace the folder if it exists, once the new one is complete.
         header_room: bytes to leave for the header at the start of the file. A longer header, which
             is known only at the end, costs one more copy of the data.
+        resume: go on with what an interrupted run of the same provenance left; `finished` says
+            which modules that is. What any other run left is replaced.
 
     Raises:
         CheckpointError: the folder exists, or (on closing) the modules cannot be described by one
@@ -68,6 +72,7 @@ class AdapterWriter:
         *,
         overwrite: bool = False,
         header_room: int = 0,
+        resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
         taken = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
@@ -77,14 +82,39 @@ class AdapterWriter:
         self._provenance = provenance
         self._checksums: dict[str, str] = {}
         self._work = partial_folder(self.folder)
-        shutil.rmtree(self._work, ignore_errors=True)
-        self._work.mkdir(parents=True)
-        self._data = (self._work / WEIGHTS_NAME).open("w+b")
         self._room = -(-header_room // 8) * 8
-        self._data.seek(8 + self._room)
         self._header: dict[str, dict[str, Any]] = {}
         self._modules: dict[str, _Written] = {}
         self._replaced: list[str] = []
+        self._journal: AdapterJournal | None = None
+        if provenance is not None:
+            subject = {**provenance.manifest({}), "config": self._config, "room": self._room}
+            self._journal = AdapterJournal(self._work, subject)
+        self._data = self._opened(resume)
+        self.finished = frozenset(module.name for module in self._modules.values())
+        self.resumed_tensors = len(self._header)
+
+    def _opened(self, resume: bool) -> BinaryIO:
+        """The weights file at the place where it goes on, after what is finished was taken over."""
+        path = self._work / WEIGHTS_NAME
+        entries = self._journal.entries() if resume and self._journal is not None else []
+        end = entries[-1]["end"] if entries else 0
+        if not end or not path.is_file() or path.stat().st_size < end:
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir(parents=True)
+            data = path.open("w+b")
+            data.seek(8 + self._room)
+            return data
+        for entry in entries:
+            self._modules[entry["path"]] = _Written.from_json(entry["module"])
+            self._header.update(entry["header"])
+            self._checksums.update(entry["checksums"])
+        if self._journal is not None:
+            self._journal.begin(entries)
+        data = path.open("r+b")
+        data.truncate(end)
+        data.seek(end)
+        return data
 
     def __enter__(self) -> AdapterWriter:
         return self
@@ -100,7 +130,8 @@ class AdapterWriter:
                 self._finish()
         finally:
             self._data.close()
-            shutil.rmtree(self._work, ignore_errors=True)
+            if self._journal is None or not self._journal.is_begun:
+                shutil.rmtree(self._work, ignore_errors=True)
 
     def add(self, module: LoraModule) -> None:
         """Append one module's tensors.
@@ -108,7 +139,7 @@ class AdapterWriter:
         Raises:
             CheckpointError: DoRA over input features, which PEFT does not have.
         """
-        path = _module_path(module)
+        path, known = _module_path(module), len(self._header)
         if module.magnitude is not None and module.magnitude_axis == "input":
             raise CheckpointError(
                 f"{self.folder}: module {path!r} has DoRA over its input features, which PEFT "
@@ -144,6 +175,22 @@ class AdapterWriter:
             module.B.dtype,
             module.B.shape[0],
         )
+        if self._journal is not None:
+            self._note(self._journal, path, list(self._header)[known:])
+
+    def _note(self, journal: AdapterJournal, path: str, keys: Sequence[str]) -> None:
+        """Write down what a killed run needs to know of a module it finished."""
+        entry = {
+            "path": path,
+            "module": self._modules[path].as_json(),
+            "header": {key: self._header[key] for key in keys},
+            "checksums": {key: self._checksums[key] for key in keys},
+            "end": self._data.tell(),
+        }
+        if journal.note(entry):
+            self._data.flush()
+            os.fsync(self._data.fileno())
+            journal.sync()
 
     def replace(self, name: str, tensor: Array) -> None:
         """Append a full tensor that takes the place of base tensor `name`. After all modules."""
@@ -177,6 +224,8 @@ class AdapterWriter:
             content = self._provenance.manifest(tensors)
             self._add_file(MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False))
             self._add_file(CARD, self._provenance.card(config["base_model_name_or_path"]).rstrip())
+        if self._journal is not None:
+            self._journal.discard()
         publish_folder(self._work, self.folder)
 
     def _described(self, key: str) -> dict[str, Any]:
@@ -308,6 +357,14 @@ class _Written:
     dtype: np.dtype[Any]
     out: int
 
+    def as_json(self) -> dict[str, Any]:
+        """The fields in JSON's types."""
+        return {**dataclasses.asdict(self), "dtype": dtype_of(self.dtype).name}
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> _Written:
+        return cls(**{**fields, "dtype": dtype_named(fields["dtype"]).numpy})
+
 
 def write_adapter(
     adapter: Adapter,
@@ -316,6 +373,7 @@ def write_adapter(
     *,
     provenance: Provenance | None = None,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> Path:
     """Write an adapter as a PEFT folder; tensors and scalings survive bit for bit.
 
@@ -326,23 +384,36 @@ def write_adapter(
             number of processors. The result does not depend on it.
         provenance: how the adapter was made, for manifest.json and README.md; None writes neither.
         overwrite: replace the folder if it exists, once the new one is complete.
+        resume: take over the modules that an interrupted run of the same provenance finished.
     """
-    adapter.require_names()
-    room = sum(2 * (len(name) + ENTRY_BYTES) for name in adapter.modules)
-    room += sum(len(name) + ENTRY_BYTES for name in adapter.replacements)
-    with AdapterWriter(
-        folder, adapter.config, provenance, overwrite=overwrite, header_room=room
-    ) as writer:
-        for module in _computed(adapter.modules, threads or os.cpu_count() or 1):
-            if module.rank > 0:
-                writer.add(module)
-        for name, tensor in adapter.replacements.items():
-            writer.replace(name, tensor)
+    options = {"provenance": provenance, "overwrite": overwrite, "resume": resume}
+    with writer_for(adapter, folder, **options) as writer:
+        write_modules(adapter, writer, threads)
     return Path(folder)
 
 
-def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraModule]:
-    """The modules in order, a few computed ahead.
+def writer_for(adapter: Adapter, folder: str | Path, **options: Any) -> AdapterWriter:
+    """A writer with room for the header of this adapter; options as of `AdapterWriter`."""
+    adapter.require_names()
+    room = sum(2 * (len(name) + ENTRY_BYTES) for name in adapter.modules)
+    room += sum(len(name) + ENTRY_BYTES for name in adapter.replacements)
+    return AdapterWriter(folder, adapter.config, header_room=room, **options)
+
+
+def write_modules(adapter: Adapter, writer: AdapterWriter, threads: int | None = None) -> None:
+    """Write all that a writer does not have yet; see `write_adapter`."""
+    missing = [name for name in adapter.modules if name not in writer.finished]
+    for module in _computed(adapter.modules, missing, threads or os.cpu_count() or 1):
+        if module.rank > 0:
+            writer.add(module)
+    for name, tensor in adapter.replacements.items():
+        writer.replace(name, tensor)
+
+
+def _computed(
+    modules: Mapping[str, LoraModule], names: Iterable[str], threads: int
+) -> Iterator[LoraModule]:
+    """The modules of these names in order, a few computed ahead.
 
     BLAS runs on one thread meanwhile: the matrices are too small to split, and its waiting threads
     would take the processors from the modules computed beside each other.
@@ -351,7 +422,7 @@ def _computed(modules: Mapping[str, LoraModule], threads: int) -> Iterator[LoraM
     ahead: deque[Future[LoraModule]] = deque()
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
         try:
-            for name in modules:
+            for name in names:
                 ahead.append(pool.submit(modules.__getitem__, name))
                 if len(ahead) > threads:
                     yield ahead.popleft().result()

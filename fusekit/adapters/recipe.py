@@ -21,7 +21,7 @@ from fusekit.adapters.merge import (
     merge_adapters,
 )
 from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
-from fusekit.adapters.peft_writer import write_adapter
+from fusekit.adapters.peft_writer import write_modules, writer_for
 from fusekit.adapters.provenance import (
     Provenance,
     file_identities,
@@ -332,11 +332,18 @@ def plan_adapters(recipe: Recipe, component: str | None = None) -> AdapterPlan:
 
 
 def merge_recipe(
-    recipe: Recipe, out: Path, *, threads: int | None = None, overwrite: bool = False
+    recipe: Recipe,
+    out: Path,
+    *,
+    threads: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Merge the adapters of a recipe into a new PEFT folder with a manifest.
 
-    Until it is complete, the folder is called `<out>.partial`.
+    Until it is complete, the folder is called `<out>.partial`. Whatever takes more than seconds
+    notes there what is finished; with `resume` the same merge goes on from that, another one
+    starts over.
 
     Raises:
         RecipeError, CheckpointError, FusekitError: see `plan_adapters` and `merge_adapters`.
@@ -344,11 +351,17 @@ def merge_recipe(
     from fusekit.checkpoint.writer import check_target
 
     check_target(out, overwrite)
-    return merge_planned(plan_adapters(recipe), out, threads=threads, overwrite=overwrite)
+    plan = plan_adapters(recipe)
+    return merge_planned(plan, out, threads=threads, resume=resume, overwrite=overwrite)
 
 
 def merge_planned(
-    plan: AdapterPlan, out: Path, *, threads: int | None = None, overwrite: bool = False
+    plan: AdapterPlan,
+    out: Path,
+    *,
+    threads: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
 ) -> MergeReport:
     """Carry out a plan; arguments as of `merge_recipe`. Closes the plan's base."""
     from fusekit.engine.run import MergeReport
@@ -359,7 +372,9 @@ def merge_planned(
         merged = merge_adapters(
             plan.adapters, plan.method, plan.weights, plan.options, base, plan.vary
         )
-        write_adapter(merged, out, threads, provenance=_provenance(plan), overwrite=overwrite)
+        options = {"provenance": _provenance(plan), "overwrite": overwrite, "resume": resume}
+        with writer_for(merged, out, **options) as writer:
+            write_modules(merged, writer, threads)
     finally:
         if base is not None:
             base.close()
@@ -368,7 +383,7 @@ def merge_planned(
     return MergeReport(
         out=out,
         tensors=len(sizes),
-        resumed=0,
+        resumed=writer.resumed_tensors,
         bytes_read=sum(plan.input_bytes()),
         bytes_written=sum(sizes),
         seconds=time.monotonic() - begun,

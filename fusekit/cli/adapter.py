@@ -157,6 +157,9 @@ def merge(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of random masks and clusters.")] = 0,
     threads: Annotated[int | None, typer.Option(min=1, help="Modules at once.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted merge, or start over.")
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
     ] = False,
@@ -196,7 +199,7 @@ def merge(
     plan = plan_adapters(load_recipe(recipe), component)
     for adapter in plan.adapters:
         _print_left_out(adapter)
-    report = merge_planned(plan, out, threads=threads, overwrite=overwrite)
+    report = merge_planned(plan, out, threads=threads, resume=resume, overwrite=overwrite)
     typer.echo(
         f"{out}: {method.value} of {len(adapters)} adapters, {report.tensors} tensors, "
         f"{size(report.bytes_written)}"

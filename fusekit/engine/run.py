@@ -88,8 +88,7 @@ def merge(
     """Merge models into a new checkpoint folder, or adapters into a new adapter folder.
 
     Results that other documents of the recipe are made from go to `<out>.stages` and are kept. A
-    recipe whose models are LoRA adapters gives an adapter, in one weight file, started over if
-    it is interrupted.
+    recipe whose models are LoRA adapters gives an adapter, in one weight file.
 
     Where `out` is a URL the output is made in a working folder on this machine, which needs room
     for it, and then uploaded: the weights first and `manifest.json` last. Object stores have no
@@ -172,7 +171,10 @@ def _merge_locally(
 ) -> MergeReport:
     """Merge into a folder on this machine; with `reuse`, keep it if it is what would be made."""
     if merges_adapters(recipe):
-        return merge_adapter_recipe(recipe, target, threads=threads, overwrite=overwrite)
+        resume = options["resume"]
+        return merge_adapter_recipe(
+            recipe, target, threads=threads, resume=resume, overwrite=overwrite
+        )
     check_target(target, overwrite)
 
     def run(plan: Plan, folder: Path) -> MergeReport:
