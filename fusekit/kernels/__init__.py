@@ -28,6 +28,7 @@ _SUBMODULES = (
     "gram",
     "linear",
     "lanes",
+    "lottery",
     "lowrank",
     "masks",
     "norms",

@@ -359,6 +359,50 @@ def _key(model: np.uint16, base: np.uint16) -> np.uint32:
 
 
 @njit(nogil=True, cache=True)
+def _deviate(
+    left: Array, right: Array, first: Array, base: Array, total: Array, square: Array
+) -> None:
+    """total, square += deviations of two task vectors from the first one, and their squares."""
+    for i in range(total.size):
+        origin = from_bf16(base[i])
+        zero = np.float64(from_bf16(first[i]) - origin)
+        x = np.float64(from_bf16(left[i]) - origin) - zero
+        y = np.float64(from_bf16(right[i]) - origin) - zero
+        total[i] = (total[i] + x) + y
+        square[i] = (square[i] + x * x) + y * y
+
+
+@njit(nogil=True, cache=True)
+def variance(bits: Array, start: int, out: Array) -> int:
+    """`thin.variance` of the task vectors, to the same bits: (elements,) float32.
+
+    Returns how many elements are done: fewer than asked for where the next 1024 have an entry that
+    is not finite.
+    """
+    n = bits.shape[0] - 1
+    share = 1.0 / n
+    totals, squares = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
+    for begin in range(0, out.size, CHUNK):
+        part = out[begin : begin + CHUNK]
+        at = start + begin
+        stop = at + part.size
+        if not all_finite(bits, at, stop):
+            return begin
+        base, first = bits[n, at:stop], bits[0, at:stop]
+        total, square = totals[: part.size], squares[: part.size]
+        total[:] = 0.0
+        square[:] = 0.0
+        if n % 2 == 0:  # the first one beside itself adds nothing
+            _deviate(first, bits[1, at:stop], first, base, total, square)
+        for r in range(2 - n % 2, n, 2):
+            _deviate(bits[r, at:stop], bits[r + 1, at:stop], first, base, total, square)
+        for i in range(part.size):
+            mean = total[i] * share
+            part[i] = square[i] * share - mean * mean
+    return int(out.size)
+
+
+@njit(nogil=True, cache=True)
 def magnitudes(bits: Array, start: int, size: int, out: Array, at: int) -> None:
     """out[:, at : at + size] = the bits of the magnitudes of task vectors; (models, any) uint32."""
     base = bits[bits.shape[0] - 1, start : start + size]

@@ -72,15 +72,24 @@ def variance(rows: Array, out: Array) -> None:
         stop = min(start + _CHUNK, size)
         total = sums[: stop - start]
         square = squares[: stop - start]
-        total[:] = 0.0
-        square[:] = 0.0
         first = rows[0, start:stop]
-        for r in range(1, n):
-            part = rows[r, start:stop]
+        done = 1 + (n - 1) % 2
+        if done == 1:
+            total[:] = 0.0
+            square[:] = 0.0
+        else:
+            part = rows[1, start:stop]
             for i in range(total.size):
                 deviation = np.float64(part[i]) - np.float64(first[i])
-                total[i] += deviation
-                square[i] += deviation * deviation
+                total[i] = deviation
+                square[i] = deviation * deviation
+        for r in range(done, n, 2):
+            part, other = rows[r, start:stop], rows[r + 1, start:stop]
+            for i in range(total.size):
+                origin = np.float64(first[i])
+                x, y = np.float64(part[i]) - origin, np.float64(other[i]) - origin
+                total[i] = (total[i] + x) + y
+                square[i] = (square[i] + x * x) + y * y
         target = out[start:stop]
         for i in range(total.size):
             mean = total[i] * share

@@ -24,9 +24,8 @@ _BELOW_SIGN = np.uint32(0x7FFFFFFF)
 BF16, F16 = 0, 1
 """What the bits mean."""
 
-SCALE, DROP, KEEP_ABOVE, KEEP_AT_LEAST, DROP_AT_LEAST, KEEP_FIRST, DROP_FIRST, KEEP_PACKED = range(
-    8
-)
+SCALE, DROP, KEEP_ABOVE, KEEP_AT_LEAST, DROP_AT_LEAST = range(5)
+KEEP_FIRST, DROP_FIRST, KEEP_PACKED, KEEP_VARYING, KEEP_FIRST_VARYING = range(5, 10)
 """Steps of a program: see `_prune`."""
 
 
@@ -73,7 +72,8 @@ def _prune(
     SCALE multiplies by the value; DROP keeps with that probability under a key; KEEP_ABOVE and
     KEEP_AT_LEAST keep larger magnitudes, DROP_AT_LEAST zeroes them; KEEP_FIRST and DROP_FIRST take
     the larger ones and the first `left` equal ones, which they count down; KEEP_PACKED keeps what
-    is flagged in the model's row of `flags`.
+    is flagged in the model's row of `flags`. KEEP_VARYING and KEEP_FIRST_VARYING keep positions of
+    all models, by the variance over these, as KEEP_AT_LEAST and KEEP_FIRST keep entries.
     """
     for k in range(steps.shape[0]):
         kind, row = steps[k, 0], rows[steps[k, 1]]
@@ -93,6 +93,14 @@ def _prune(
             left[k] -= order.keep_first(row, value, left[k])
         elif kind == DROP_FIRST:
             left[k] -= thin.drop_first(row, value, left[k])
+        elif kind in (KEEP_VARYING, KEEP_FIRST_VARYING):
+            varying = np.empty(row.size, np.float32)
+            thin.variance(rows, varying)
+            if kind == KEEP_VARYING:
+                order.keep_at_least(varying, value)
+            else:
+                left[k] -= order.keep_first(varying, value, left[k])
+            thin.keep_where(varying, rows)
         else:
             ranks.keep_packed(row, position, flags[steps[k, 1]])
 
@@ -273,6 +281,19 @@ def products(
         rows = memory[: n * length].reshape((n, length))
         _load(bits, kind, start + begin, deltas, rows, origin[:length], special)
         gram.gram(rows, out[granule : granule + 1])
+
+
+@njit(nogil=True, cache=True)
+def variance(bits: Array, kind: int, start: int, n: int, special: Array, out: Array) -> None:
+    """`thin.variance` of the task vectors: (elements,)."""
+    memory = np.empty(n * TILE, np.float32)
+    origin = np.empty(TILE, np.float32)
+    special[:] = 0
+    for begin in range(0, out.size, TILE):
+        length = min(TILE, out.size - begin)
+        rows = memory[: n * length].reshape((n, length))
+        _load(bits, kind, start + begin, True, rows, origin[:length], special)
+        thin.variance(rows, out[begin : begin + length])
 
 
 @njit(nogil=True, cache=True)

@@ -51,7 +51,7 @@ def _find_ranges(
         kind, r = steps[k, 0], steps[k, 1]
         key = np.uint32(as_bits(np.float32(values[k])) & _MAGNITUDE)
         used[k] = 0
-        if kind == tiles.KEEP_FIRST or kind == tiles.DROP_FIRST:
+        if kind in (tiles.KEEP_FIRST, tiles.DROP_FIRST):
             if left[k] > 0:
                 equal = direct.count_equal_entries(bits[r, begin:stop], base, key)
                 if equal > left[k]:

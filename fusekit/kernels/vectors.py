@@ -64,6 +64,14 @@ def loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any
     return builder.bitcast(builder.shl(builder.zext(values, INTS), ints(16)), FLOATS)
 
 
+def loaded_wide(builder: Any, data: Any, start: Any) -> Any:
+    """The doubles from an element of a pointer to float32 or float64 on."""
+    element = data.type.pointee
+    place = builder.bitcast(builder.gep(data, [start]), ir.VectorType(element, LANES).as_pointer())
+    values = builder.load(place, align=8 if element == ir.DoubleType() else 4)
+    return values if element == ir.DoubleType() else builder.fpext(values, DOUBLES)
+
+
 def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
     """x y + z, rounded once."""
     function = ir.FunctionType(FLOATS, [FLOATS] * 3)
@@ -107,6 +115,6 @@ def magnitude_bits(builder: Any, vector: Any) -> Any:
 
 
 def total(builder: Any, vector: Any) -> Any:
-    """The sum of float32 lanes, in float64."""
-    wide = builder.fpext(vector, DOUBLES)
+    """The sum of all lanes, in float64."""
+    wide = vector if vector.type == DOUBLES else builder.fpext(vector, DOUBLES)
     return folded(builder, wide, lambda builder, x, y: builder.fadd(x, y))

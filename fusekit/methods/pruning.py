@@ -396,11 +396,26 @@ class Variances(Ordered):
     """Largest variances over the models: a single row."""
 
     def values(self, block: Block) -> Array:
-        return variances(prune(block, self.prunings), block)
+        return variances(block, self.prunings)
 
 
-def variances(rows: Array, block: Block) -> Array:
-    """(1, m) population variances over the models."""
+def variances(block: Block, prunings: Prunings) -> Array:
+    """(1, m) population variances over the models after the prunings."""
+    packed = block.packed
+    if packed is not None and not prunings:
+        out = block.scratch("variance", (1, block.size), "float32")
+        done = 0
+        if packed.kind == kernels.tiles.BF16:
+            done = kernels.direct.variance(packed.bits, packed.start, out[0])
+        if done < block.size:
+            place = packed.bits, packed.kind, packed.start + done, block.tensor.models
+            kernels.tiles.variance(*place, packed.special, out[0, done:])
+        return out
+    return variances_of(prune(block, prunings), block)
+
+
+def variances_of(rows: Array, block: Block) -> Array:
+    """(1, m) population variances over decoded rows."""
     out = block.scratch("variance", (1, rows.shape[1]), rows.dtype)
     kernels.thin.variance(rows, out[0])
     return out
@@ -533,9 +548,14 @@ class KeepVarying(Pruning):
     cut: Cut
 
     def apply(self, block: Block) -> None:
-        chosen = variances(block.rows, block)[0]
+        chosen = variances_of(block.rows, block)[0]
         self.cut.keep_before(chosen, block.start)
         kernels.thin.keep_where(chosen, block.rows)
+
+    def step(self, tensor: Tensor) -> Step:
+        if self.cut.ties is None:
+            return Step("KEEP_VARYING", 0, self.cut.threshold)
+        return Step("KEEP_FIRST_VARYING", 0, self.cut.threshold, cut=self.cut)
 
 
 @dataclass(frozen=True, eq=False)
@@ -552,7 +572,7 @@ class VaryingPositions(OnPruned, Additive):
 
     def measure(self, block: Block, out: Array) -> None:
         out[:] = 0.0
-        varying = variances(prune(block, self.prunings), block)[0]
+        varying = variances(block, self.prunings)[0]
         out[0, 0] = kernels.thin.count_nonzero(varying)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numba import njit
 
-from fusekit.kernels import direct, floats, gram, linear, norms, order, random
+from fusekit.kernels import direct, floats, gram, linear, norms, order, random, thin, tiles
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -146,3 +146,19 @@ def test_counting_stops_before_what_is_not_finite() -> None:
     bins, above = np.zeros(1 << 12, np.int32), np.zeros(1, np.int64)
     assert direct.count_brackets(bits, 0, 5000, brackets, bins, above) == 3072
     assert bins.sum() == 3072
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", SIZES)
+def test_variances_over_models_are_those_of_decoded_rows(size: int, count: int) -> None:
+    values, bits = operands(count + 1, size, seed=13)
+    out, expected = np.empty(size, np.float32), np.empty(size, np.float32)
+    assert direct.variance(bits, 3, out) == size
+    thin.variance(values[:count] - values[count], expected)
+    np.testing.assert_array_equal(out, expected)
+    decoded = np.empty(size, np.float32)
+    tiles.variance(bits, tiles.BF16, 3, count, np.zeros(count + 1, np.int64), decoded)
+    np.testing.assert_array_equal(decoded, expected)
+    np.testing.assert_allclose(
+        out, (values[:count] - values[count]).astype(np.float64).var(axis=0), rtol=1e-5, atol=1e-12
+    )
