@@ -93,6 +93,13 @@ def file_identities(reference: str, files: Sequence[Path]) -> dict[str, Any]:
     }
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """The files an adapter consists of."""
+    if folder.is_file():
+        return [folder]
+    return sorted(path for path in folder.glob("adapter_*") if path.is_file())
+
+
 def _digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:

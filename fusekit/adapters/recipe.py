@@ -24,6 +24,7 @@ from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
 from fusekit.adapters.peft_writer import write_modules, writer_for
 from fusekit.adapters.provenance import (
     Provenance,
+    adapter_files,
     file_identities,
     merge_citations,
     merge_method_text,
@@ -247,7 +248,7 @@ class AdapterPlan:
 
     def input_bytes(self) -> list[int]:
         """Size of every adapter on the disk."""
-        return [sum(f.stat().st_size for f in _files(folder)) for folder in self.folders]
+        return [sum(f.stat().st_size for f in adapter_files(folder)) for folder in self.folders]
 
 
 def merges_adapters(recipe: Recipe) -> bool:
@@ -462,18 +463,11 @@ def _folder(entry: ModelEntry, folder: Path | None) -> Path:
     return resolve_hub(parsed.model, parsed.revision).folder
 
 
-def _files(folder: Path) -> list[Path]:
-    """The files an adapter consists of."""
-    if folder.is_file():
-        return [folder]
-    return sorted(path for path in folder.glob("adapter_*") if path.is_file())
-
-
 def _provenance(plan: AdapterPlan) -> Provenance:
     names = [short_name(reference) for reference in plan.references]
     several = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
     inputs = [
-        file_identities(reference, _files(folder))
+        file_identities(reference, adapter_files(folder))
         for reference, folder in zip(plan.references, plan.folders, strict=True)
     ]
     if plan.base is not None:

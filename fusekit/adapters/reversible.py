@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, LoraModule, common_dtype, to_float32
+from fusekit.adapters.adapter import (
+    Adapter,
+    Array,
+    Kind,
+    LoraModule,
+    common_dtype,
+    to_float32,
+)
 from fusekit.adapters.linalg import pad_rank, product_singular_values, product_svd
 from fusekit.adapters.peft_format import read_array
+from fusekit.adapters.peft_writer import MANIFEST_NAME
 from fusekit.adapters.provenance import Provenance, file_identities
-from fusekit.checkpoint.safetensors import SafetensorsFile
+from fusekit.checkpoint.safetensors import SafetensorsFile, is_file_name
 from fusekit.checkpoint.writer import partial_folder, publish_folder
 from fusekit.errors import CheckpointError, FusekitError
 
@@ -131,6 +141,7 @@ def pack_adapters(
     directions: int | None = None,
     ratio: float | None = None,
     align: bool = False,
+    provenance: Provenance | None = None,
 ) -> PackReport:
     """Write a pack: mean and directions shared by all tasks, coefficients per task.
 
@@ -144,6 +155,7 @@ def pack_adapters(
         directions: kept per position; more than are needed for an exact pack are cut.
         ratio: instead, the storage ratio to stay under.
         align: rotate every task's rank space towards the others first. Updates do not change.
+        provenance: where the adapters come from, for manifest.json; None writes none.
 
     Raises:
         FusekitError: no or both budgets, no adapters, a pack that exists.
@@ -153,8 +165,8 @@ def pack_adapters(
         raise FusekitError("give either directions or ratio")
     if not adapters:
         raise FusekitError("no adapters to pack")
-    if any(not task or "/" in task or task.startswith(".") for task in adapters):
-        raise FusekitError(f"task names must be plain file names, found {sorted(adapters)}")
+    for task in adapters:
+        _check_task_name(task)
     path = Path(folder)
     if path.exists():
         raise CheckpointError(f"{folder}: already exists; packs are written to new folders")
@@ -170,7 +182,7 @@ def pack_adapters(
     for name in names:
         holders = {task: a.modules[name] for task, a in adapters.items() if name in a.modules}
         builder.add(name, holders, budget, align)
-    builder.write(path, _pack_config(adapters))
+    builder.write(path, _pack_config(adapters), provenance)
     return builder.report()
 
 
@@ -205,8 +217,8 @@ class Pack:
         for name, facts in self.modules.items():
             if f"{name}/A" not in coefficients.tensors:
                 continue
-            A = self.side(name, "A").rebuild(_read(coefficients, f"{name}/A")).T
-            B = self.side(name, "B").rebuild(_read(coefficients, f"{name}/B"))
+            A = self._rebuilt(name, "A", coefficients).T
+            B = self._rebuilt(name, "B", coefficients)
             modules[name] = LoraModule(
                 name=name,
                 A=np.ascontiguousarray(A),
@@ -218,6 +230,17 @@ class Pack:
             )
         coefficients.close()
         return Adapter(f"{self.folder}:{task}", modules, {}, self.config)
+
+    def _rebuilt(self, name: str, factor: str, coefficients: SafetensorsFile) -> Array:
+        side, key = self.side(name, factor), f"{name}/{factor}"
+        expected = (side.basis.shape[0], side.basis.shape[2])
+        info = coefficients.tensors.get(key)
+        if info is None or info.shape != expected:
+            found = "missing" if info is None else f"of shape {list(info.shape)}"
+            raise CheckpointError(
+                f"{coefficients.label}: tensor {key!r} is {found}, expected {list(expected)}"
+            )
+        return side.rebuild(_read(coefficients, key))
 
     def provenance(self, task: str) -> Provenance:
         """How an unpacked adapter was made, for `write_adapter`."""
@@ -231,14 +254,18 @@ class Pack:
             citations=("Towards Reversible Model Merging For Low-rank Weights (arXiv 2510.14163)",),
         )
 
-    def add(self, task: str, adapter: Adapter) -> float:
+    def add(self, task: str, adapter: Adapter, identity: Mapping[str, Any] | None = None) -> float:
         """Store another task on the pack's basis, without refitting, and open the pack again to
         unpack it. Returns the relative error of its updates.
 
+        Args:
+            identity: what pins the adapter, for the pack's manifest if it has one.
+
         Raises:
-            FusekitError: the task exists.
+            FusekitError: the task exists, or its name does not name a file.
             CheckpointError: a module the pack does not know, of another shape, or of a larger rank.
         """
+        _check_task_name(task)
         if task in self.tasks:
             raise FusekitError(f"{self.folder}: task {task!r} exists already")
         _refuse_full_rank(adapter)
@@ -255,11 +282,25 @@ class Pack:
             tensors[f"{name}/A"], tensors[f"{name}/B"] = coefficients_a, coefficients_b
             wanted += _product_norm(B, A) ** 2
             missed += error**2
-        _save(self.folder / f"{task}.safetensors", tensors)
+        path = self.folder / f"{task}.safetensors"
+        _save(path, tensors)
+        self._describe(path, identity)
         facts = json.loads((self.folder / PACK_NAME).read_text(encoding="utf-8"))
         facts["tasks"].append(task)
         _write_json(self.folder / PACK_NAME, facts)
         return math.sqrt(missed / wanted) if wanted else 0.0
+
+    def _describe(self, path: Path, identity: Mapping[str, Any] | None) -> None:
+        """Enter a new file into the pack's manifest. The pack itself learns of the task later: an
+        addition that was interrupted can be made again."""
+        manifest = self.folder / MANIFEST_NAME
+        if not manifest.is_file():
+            return
+        content = json.loads(manifest.read_text(encoding="utf-8"))
+        content["files"][path.name] = _described(path)
+        if identity is not None and identity not in content["inputs"]:
+            content["inputs"].append(identity)
+        _write_json(manifest, content)
 
     def _fitting(self, name: str, module: LoraModule) -> tuple[Array, Array]:
         if name not in self.modules:
@@ -287,17 +328,42 @@ def open_pack(folder: str | Path) -> Pack:
     path = Path(folder)
     try:
         facts = json.loads((path / PACK_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a pack of adapters: {error}") from None
-    if facts.get("format") != FORMAT:
-        raise CheckpointError(f"{folder}: format is {facts.get('format')!r}, expected {FORMAT!r}")
-    return Pack(
-        path,
-        tuple(facts["tasks"]),
-        facts["config"],
-        facts["modules"],
-        SafetensorsFile(path / BASIS_NAME),
-    )
+    except OSError as error:
+        reason = f"{path / PACK_NAME} cannot be read: {error.strerror}"
+        raise CheckpointError(f"{folder}: not a pack of adapters: {reason}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path / PACK_NAME}: not valid JSON") from None
+    found = facts.get("format") if isinstance(facts, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{folder}: format is {found!r}, expected {FORMAT!r}")
+    basis = SafetensorsFile(path / BASIS_NAME)
+    try:
+        _check_facts(facts, basis)
+    except (KeyError, TypeError, ValueError):
+        basis.close()
+        raise CheckpointError(
+            f"{path / PACK_NAME}: does not describe the tensors of {BASIS_NAME}"
+        ) from None
+    return Pack(path, tuple(facts["tasks"]), facts["config"], facts["modules"], basis)
+
+
+def _check_facts(facts: Mapping[str, Any], basis: SafetensorsFile) -> None:
+    """Raises KeyError, TypeError or ValueError where a pack's description is not one."""
+    if not all(is_file_name(task) for task in facts["tasks"]):
+        raise ValueError
+    if not isinstance(facts["config"], dict):
+        raise TypeError
+    for name, module in facts["modules"].items():
+        if module["kind"] not in get_args(Kind) or type(module["transposed"]) is not bool:
+            raise ValueError
+        kernel = module["kernel"]
+        if kernel and math.prod(kernel) != module["in"]:
+            raise ValueError
+        for factor, positions in (("A", module["in"]), ("B", module["out"])):
+            mean = basis.tensors[f"{name}/{factor}/mean"].shape
+            directions = basis.tensors[f"{name}/{factor}/basis"].shape
+            if mean != (positions, module["rank"]) or directions[:2] != mean:
+                raise ValueError
 
 
 class _PackBuilder:
@@ -363,7 +429,7 @@ class _PackBuilder:
             "kernel": list(first.kernel),
         }
 
-    def write(self, folder: Path, config: Mapping[str, Any]) -> None:
+    def write(self, folder: Path, config: Mapping[str, Any], provenance: Provenance | None) -> None:
         work = partial_folder(folder)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -377,6 +443,9 @@ class _PackBuilder:
             "modules": self._modules,
         }
         _write_json(work / PACK_NAME, facts)
+        if provenance is not None:
+            files = {path.name: _described(path) for path in sorted(work.glob("*.safetensors"))}
+            _write_json(work / MANIFEST_NAME, {**provenance.manifest({}), "files": files})
         publish_folder(work, folder)
 
     def report(self) -> PackReport:
@@ -491,16 +560,40 @@ def _read(source: SafetensorsFile, name: str) -> Array:
     return to_float32(read_array(source, name))
 
 
-def _save(path: Path, tensors: Mapping[str, Array]) -> None:
-    from safetensors.numpy import save_file
+def _check_task_name(task: str) -> None:
+    """Refuse a name that cannot be that of a task's file."""
+    if not is_file_name(task) or task.startswith(".") or f"{task}.safetensors" == BASIS_NAME:
+        raise FusekitError(
+            f"task name {task!r}: expected a plain file name, other than {Path(BASIS_NAME).stem!r}"
+        )
 
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, path)
+
+def _described(path: Path) -> dict[str, dict[str, Any]]:
+    """What a manifest says of the tensors of a file."""
+    from fusekit.engine.manifest import entries_of
+
+    with contextlib.closing(SafetensorsFile(path)) as source:
+        return entries_of(source)
+
+
+def _save(path: Path, tensors: Mapping[str, Array]) -> None:
+    from safetensors.numpy import save
+
+    _write_whole(path, save({k: np.ascontiguousarray(v) for k, v in tensors.items()}))
 
 
 def _write_json(path: Path, facts: Mapping[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    _write_whole(path, (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file, flushed; one of that name stays whole until then."""
+    draft = path.with_name(f"{path.name}.new")
+    with draft.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
 
 
 def truncate_adapter(adapter: Adapter, rank: int) -> Adapter:

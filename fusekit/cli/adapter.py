@@ -287,20 +287,30 @@ def pack(
 ) -> None:
     """Store ADAPTERS as one shared basis and a few coefficients per task (reversible merging)."""
     from fusekit.adapters import load_adapter
+    from fusekit.adapters.provenance import Provenance, adapter_files, file_identities
     from fusekit.adapters.reversible import open_pack, pack_adapters
     from fusekit.errors import FusekitError
 
-    named = {path.name: load_adapter(path) for path in adapters}
-    if len(named) < len(adapters):
+    paths = {path.absolute().name: path for path in adapters}
+    if len(paths) < len(adapters):
         raise FusekitError("two adapter folders have the same name, which would be their task's")
+    if add and (directions is not None or ratio is not None or align):
+        raise FusekitError("--add uses the pack's basis: leave out --directions, --ratio, --align")
+    loaded = {task: load_adapter(path) for task, path in paths.items()}
+    inputs = {task: file_identities(str(path), adapter_files(path)) for task, path in paths.items()}
     if add:
-        for task, adapter in named.items():
-            error = open_pack(out).add(task, adapter)
+        for task, adapter in loaded.items():
+            error = open_pack(out).add(task, adapter, inputs[task])
             typer.echo(f"{task}: added, relative error {error:.4f}")
         return
     if directions is None and ratio is None:
         directions = 1
-    report = pack_adapters(named, out, directions=directions, ratio=ratio, align=align)
+    asked = {"directions": directions, "ratio": ratio, "align": align}
+    record = {"packed": {"tasks": list(paths), **{k: v for k, v in asked.items() if v is not None}}}
+    provenance = Provenance(out.name, "", record, list(inputs.values()))
+    report = pack_adapters(
+        loaded, out, directions=directions, ratio=ratio, align=align, provenance=provenance
+    )
     _print_pack(out, report)
 
 

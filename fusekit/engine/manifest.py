@@ -15,6 +15,7 @@ from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.layout import SIDE_FILE
 from fusekit.checkpoint.ranges import open_ranges
 from fusekit.checkpoint.remote import is_url, read_small, within
+from fusekit.checkpoint.safetensors import is_file_name
 from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.measurements import statistics_identities
@@ -53,15 +54,21 @@ def manifest(
     }
     if side is not None:
         content["side_tensors"] = {
-            info.name: {
-                "file": SIDE_FILE,
-                "dtype": info.dtype.name,
-                "shape": list(info.shape),
-                "checksum": tensor_checksum(side, info.name),
-            }
-            for info in side.tensors.values()
+            name: {"file": SIDE_FILE, **entry} for name, entry in entries_of(side).items()
         }
     return content
+
+
+def entries_of(source: TensorSource) -> dict[str, dict[str, Any]]:
+    """What a manifest says of every tensor of a source, which is read whole."""
+    return {
+        info.name: {
+            "dtype": info.dtype.name,
+            "shape": list(info.shape),
+            "checksum": tensor_checksum(source, info.name),
+        }
+        for info in source.tensors.values()
+    }
 
 
 def input_identities(plan: Plan) -> list[dict[str, Any]]:
@@ -94,7 +101,7 @@ def verify(out: str | Path) -> Verification:
     path, text = _manifest_text(out)
     try:
         content = json.loads(text)
-        entries, side = _entries(content["tensors"]), _entries(content.get("side_tensors", {}))
+        entries, files = _entries(content["tensors"]), _files(content)
         form = content["format"], content["checksum"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: not a fusekit manifest") from None
@@ -102,12 +109,12 @@ def verify(out: str | Path) -> Verification:
         raise CheckpointError(
             f"{path}: format {form[0]!r} with {form[1]!r}, expected {FORMAT!r} with {ALGORITHM!r}"
         )
-    found = [_compare(open_checkpoint(str(out)).source, entries)]
-    if side:
+    found = [_compare(open_checkpoint(str(out)).source, entries)] if entries or not files else []
+    for name, own in files.items():
         try:
-            found.append(_compare(open_checkpoint(_inside(out, SIDE_FILE)).source, side))
+            found.append(_compare(open_checkpoint(_inside(out, name)).source, own))
         except CheckpointError as error:
-            found.append(Verification(len(side), 0, (str(error),)))
+            found.append(Verification(len(own), 0, (str(error),)))
     return Verification(
         sum(part.tensors for part in found),
         sum(part.nbytes for part in found),
@@ -120,6 +127,19 @@ def _entries(content: Any) -> dict[str, Mapping[str, Any]]:
     if not isinstance(content, dict) or not all(isinstance(e, dict) for e in content.values()):
         raise TypeError
     return content
+
+
+def _files(content: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """What a manifest says of files whose tensors are not the checkpoint's, by file and name.
+
+    Raises TypeError if it is no such thing.
+    """
+    files = {name: _entries(own) for name, own in content.get("files", {}).items()}
+    if "side_tensors" in content:
+        files[SIDE_FILE] = _entries(content["side_tensors"])
+    if not all(map(is_file_name, files)):
+        raise TypeError
+    return {name: own for name, own in files.items() if own}
 
 
 def _inside(out: str | Path, name: str) -> str:

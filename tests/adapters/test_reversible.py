@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 
 import ml_dtypes
@@ -8,7 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+import fusekit
+from fusekit.adapters import load_adapter, write_adapter
+from fusekit.adapters import reversible as reversible_module
 from fusekit.adapters.reversible import (
     align_gauges,
     directions_for,
@@ -18,6 +23,7 @@ from fusekit.adapters.reversible import (
     storage_ratio,
     truncate_adapter,
 )
+from fusekit.cli import adapter as command
 from fusekit.errors import CheckpointError, FusekitError
 
 from .support import load_vectors, make_adapter, make_module, random_adapter, under
@@ -257,3 +263,111 @@ def test_what_a_pack_cannot_hold_is_named(tmp_path):
         pack.add("big", random_adapter(1, {"a.weight": (9, 7)}, rank=9))
     with pytest.raises(CheckpointError, match=re.escape("not a pack of adapters")):
         open_pack(tmp_path)
+
+
+def packed_on_the_command_line(tmp_path, *options):
+    for task, adapter in tasks_of(3).items():
+        write_adapter(adapter, tmp_path / task)
+    tasks = [str(tmp_path / task) for task in sorted(tasks_of(3))]
+    arguments = ["pack", *tasks[:2], str(tmp_path / "pack"), *options]
+    result = CliRunner().invoke(command.app, arguments, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return tasks, tmp_path / "pack"
+
+
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_pack_has_a_manifest_that_grows_with_it(tmp_path):
+    tasks, pack = packed_on_the_command_line(tmp_path)
+    content = json.loads((pack / "manifest.json").read_text())
+    assert content["packed"]["directions"] == 1
+    assert [entry["reference"] for entry in content["inputs"]] == tasks[:2]
+    before = fusekit.verify(pack)
+    assert before.ok
+    arguments = ["pack", tasks[2], str(pack), "--add"]
+    assert CliRunner().invoke(command.app, arguments, catch_exceptions=False).exit_code == 0
+    after = fusekit.verify(pack)
+    assert after.ok
+    assert after.tensors > before.tensors
+    assert len(json.loads((pack / "manifest.json").read_text())["inputs"]) == 3
+
+
+@pytest.mark.parametrize("damage", ["basis.safetensors", "task1.safetensors", "removed"])
+def test_a_damaged_pack_is_found(damage, tmp_path):
+    _, pack = packed_on_the_command_line(tmp_path)
+    if damage == "removed":
+        (pack / "task0.safetensors").unlink()
+    else:
+        flip_last_byte(pack / damage)
+    result = fusekit.verify(pack)
+    assert not result.ok
+    assert any("task0" in p if damage == "removed" else "differ" in p for p in result.problems)
+
+
+def test_an_addition_that_was_interrupted_can_be_made_again(tmp_path, monkeypatch):
+    tasks, pack = packed_on_the_command_line(tmp_path)
+    adapter = load_adapter(tasks[2])
+    whole = reversible_module._write_json
+
+    def interrupted(path, facts):
+        if path.name == "pack.json":
+            raise KeyboardInterrupt
+        whole(path, facts)
+
+    monkeypatch.setattr(reversible_module, "_write_json", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        open_pack(pack).add("task2", adapter)
+    assert open_pack(pack).tasks == ("task0", "task1")
+    assert fusekit.verify(pack).ok
+    monkeypatch.undo()
+    open_pack(pack).add("task2", adapter)
+    assert open_pack(pack).tasks == ("task0", "task1", "task2")
+    assert fusekit.verify(pack).ok
+
+
+@pytest.mark.parametrize("task", ["basis", "..", "a/b", ".hidden", ""])
+def test_task_names_that_are_no_file_names_of_their_own_are_refused(task, tmp_path):
+    adapters = tasks_of(2)
+    with pytest.raises(FusekitError, match=f"task name {task!r}: expected a plain file name"):
+        pack_adapters({**adapters, task: adapters["task0"]}, tmp_path / "new", directions=1)
+    assert not (tmp_path / "new").exists()
+    pack_adapters(adapters, tmp_path / "pack", directions=1)
+    with pytest.raises(FusekitError, match="expected a plain file name"):
+        open_pack(tmp_path / "pack").add(task, adapters["task0"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda facts: facts.pop("tasks"), "does not describe the tensors of basis"),
+        (lambda facts: facts.update(tasks=["../other"]), "does not describe"),
+        (lambda facts: facts.update(tasks=3), "does not describe"),
+        (lambda facts: facts["modules"]["a.weight"].update(rank=99), "does not describe"),
+        (lambda facts: facts["modules"]["a.weight"].update(kind="dense"), "does not describe"),
+        (lambda facts: facts["modules"].update(b=None), "does not describe"),
+        (lambda facts: facts.update(format="other"), "format is 'other', expected 'fusekit-rev"),
+    ],
+)
+def test_descriptions_that_do_not_fit_the_pack_are_refused(change, message, tmp_path):
+    adapter = random_adapter(0, {"a.weight": (5, 4)})
+    pack_adapters({"one": adapter}, tmp_path / "pack", directions=0)
+    path = tmp_path / "pack" / "pack.json"
+    facts = json.loads(path.read_text())
+    change(facts)
+    path.write_text(json.dumps(facts))
+    with pytest.raises(CheckpointError, match=message):
+        open_pack(tmp_path / "pack")
+
+
+def test_coefficients_of_another_pack_are_refused(tmp_path):
+    adapters = tasks_of(3)
+    for directions in (1, 2):
+        pack_adapters(adapters, tmp_path / str(directions), directions=directions)
+    name = "task1.safetensors"
+    (tmp_path / "2" / name).replace(tmp_path / "1" / name)
+    with pytest.raises(CheckpointError, match=r"task1.*is of shape .*, expected \["):
+        open_pack(tmp_path / "1").unpack("task1")
