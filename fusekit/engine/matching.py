@@ -16,6 +16,9 @@ from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.methods.base import Method
 from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
 
+_SKIPPING = ("skip-model", "copy")
+"""Settings by which a tensor is merged from the models that have it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Matched:
@@ -66,6 +69,7 @@ class Matcher:
         self.heads = Heads()
         self.warnings: list[str] = []
         self._left_out: list[str] = []
+        self._copied: list[str] = []
 
     def match(self, unit: Unit) -> Iterator[Matched]:
         """The unit's output tensors, those of its first operand first.
@@ -87,17 +91,27 @@ class Matcher:
                 continue
             if None in found:
                 found = self._with_tied(name, found, sources)
-            yield self._matched(name, unit, sources, found)
+            holder = self._only_holder(unit, found)
+            if holder is None:
+                yield self._matched(name, unit, sources, found)
+            else:
+                self._copied.append(name)
+                yield self._alone(name, unit, sources, found, holder)
 
     def notes(self) -> list[str]:
         """What the user should be told about the tensors."""
-        if not self._left_out:
-            return self.warnings
-        return [
-            *self.warnings,
-            f"{len(self._left_out)} tensor(s) that {self._checkpoints[0].reference} does not have "
-            f"are left out, such as {min(self._left_out)!r}",
-        ]
+        notes = list(self.warnings)
+        if self._left_out:
+            notes.append(
+                f"{len(self._left_out)} tensor(s) that {self._checkpoints[0].reference} does not "
+                f"have are left out, such as {min(self._left_out)!r}"
+            )
+        if self._copied:
+            notes.append(
+                f"{len(self._copied)} tensor(s) that only one model has are copied from it, such "
+                f"as {min(self._copied)!r}; the output's config is still that of one model"
+            )
+        return notes
 
     def _alone_or_matched(self, name: str, unit: Unit, sources: list[int]) -> Matched:
         """The tensor of all operands, or of the first alone where others lack it or differ."""
@@ -110,15 +124,32 @@ class Matcher:
         assert lead is not None
         if all(info is not None and info.shape == lead.shape for info in infos):
             return self._matched(name, unit, sources, found)
-        ref = TensorRef(sources[0], lead.name, lead.dtype)
+        return self._alone(name, unit, sources, found, 0)
+
+    def _only_holder(self, unit: Unit, found: list[str | None]) -> int | None:
+        """Of a tensor that is to be copied where no other operand has it, the operand with it."""
+        holders = [i for i, inner in enumerate(found) if inner is not None]
+        if self._missing != "copy" or len(holders) != 1 or len(found) == 1:
+            return None
+        return None if holders == [0] and unit.part.base is not None else holders[0]
+
+    def _alone(
+        self, name: str, unit: Unit, sources: list[int], found: list[str | None], operand: int
+    ) -> Matched:
+        """The tensor of one operand, whatever the others hold."""
+        inner = found[operand]
+        assert inner is not None
+        info = self._tensors[sources[operand]][inner]
+        ref = TensorRef(sources[operand], info.name, info.dtype)
+        has_base = unit.part.base is not None
         return Matched(
-            TensorInfo(name, lead.dtype, lead.shape),
+            TensorInfo(name, info.dtype, info.shape),
             unit.part,
             unit.position(name),
-            (0,),
-            (lead.name,),
+            (max(operand - has_base, 0),),
+            (info.name,),
             (ref,),
-            ref if unit.part.base is not None else None,
+            ref if has_base else None,
             is_alone=True,
         )
 
@@ -216,7 +247,7 @@ class Matcher:
     ) -> tuple[list[str | None], list[int]]:
         """What is left of the operands when some lack the tensor, or the refusal."""
         operands = unit.part.operands
-        if found[0] is None and (unit.part.base is not None or self._missing != "skip-model"):
+        if found[0] is None and (unit.part.base is not None or self._missing not in _SKIPPING):
             holder = next(i for i, inner in enumerate(found) if inner is not None)
             inner = found[holder]
             assert inner is not None

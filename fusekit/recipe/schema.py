@@ -164,7 +164,7 @@ class Recipe(_Strict):
     parameters: Parameters = Field(default_factory=dict)
     dtype: str | None = None
     out_dtype: str | None = None
-    missing: Literal["error", "skip-model", "base"] = "error"
+    missing: Literal["error", "skip-model", "base", "copy"] = "error"
     tokenizer_source: Reference | None = None
     tokenizer: dict[str, Any] | None = None
     chat_template: str | None = None

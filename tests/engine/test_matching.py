@@ -192,6 +192,58 @@ def test_a_tensor_no_model_but_the_base_has_is_the_bases(tmp_path: Path) -> None
     assert (str(merged[name].dtype), float(merged[name][0])) == ("float16", 1.0)
 
 
+def with_tower(folder: Path, name: str, value: float, tower: str) -> str:
+    """A model with an encoder of its own, in two layers."""
+    own = {
+        f"{tower}.encoder.layers.{i}.fc.weight": np.full((2, 3), value + i, np.float32)
+        for i in range(2)
+    }
+    write_model(folder / name, {**tensors(value), **own}, {"num_hidden_layers": 3})
+    return str(folder / name)
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [("linear", (3.0 + 5.0) / 2), ("task_arithmetic", 1.0 + 2.0 + 4.0), ("optmerge", 4.0)],
+)
+def test_models_of_different_modalities_keep_their_encoders(
+    tmp_path: Path, method: str, expected: float
+) -> None:
+    if method == "optmerge":
+        pytest.importorskip("torch")
+    base = model(tmp_path, "base", 1.0)
+    towers = [
+        with_tower(tmp_path, "a", 3.0, "vision"),
+        with_tower(tmp_path, "b", 5.0, "audio"),
+    ]
+    recipe: dict[str, Any] = {"merge_method": method, **equally(*towers)}
+    if method != "linear":
+        recipe["base_model"] = base
+    if method == "optmerge":
+        recipe["parameters"] = {"variant": "modality", "steps": 0}
+    message = refused(**recipe)
+    assert "vision.encoder" in message or "audio.encoder" in message
+    merged, _, warnings = merge(tmp_path, **recipe, missing="copy")
+    assert merged["model.norm.weight"][0] == expected
+    for value, tower in ((3.0, "vision"), (5.0, "audio")):
+        for i in range(2):
+            copied = merged[f"{tower}.encoder.layers.{i}.fc.weight"]
+            np.testing.assert_array_equal(copied, np.full((2, 3), value + i, np.float32))
+    assert any("4 tensor(s) that only one model has are copied from it" in w for w in warnings)
+    assert fusekit.verify(tmp_path / "out").ok
+
+
+def test_what_the_base_alone_has_is_kept_and_what_it_alone_lacks_refused(tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    base, a = model(tmp_path, "base", 1.0), model(tmp_path, "a", 3.0)
+    lacking = without(tmp_path, a, name)
+    recipe = {"merge_method": "task_arithmetic", "missing": "copy"}
+    merged, _, _ = merge(tmp_path, **recipe, base_model=base, **equally(lacking))
+    assert merged[name][0] == 1.0
+    both = equally(a, model(tmp_path, "b", 5.0))
+    assert f"{name!r} is not in {lacking}" in refused(**recipe, base_model=lacking, **both)
+
+
 # -- vocabularies of different size ---------------------------------------------------------------
 
 
