@@ -184,8 +184,8 @@ METHODS = (
         ),
         use_when="Experts of one language or multimodal model, especially LoRA experts.",
         caveats=(
-            "lambda was searched in 0.1 to 1.5. For variant modality set missing: copy in the recipe: "
-            "it keeps encoders that only one model has. The published learning rates hardly move "
+            "lambda was searched in 0.1 to 1.5. With variant modality, missing: copy in the recipe "
+            "keeps encoders that only one model has. The published learning rates hardly move "
             "large task vectors; wudi's closed form does not depend on them."
         ),
     ),
