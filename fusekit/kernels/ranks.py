@@ -105,6 +105,19 @@ def scale_inverse(row: Array, own_ranks: Array, low: float, slope: float) -> Non
 
 
 @njit(nogil=True, cache=True)
+def unpack(packed: Array, flags: Array) -> None:
+    """flags[i] is not 0 where bit i of `packed` is set, lowest bit of a byte first.
+
+    Both begin at a byte; the length of `flags` is a multiple of 8. What lies behind the last byte
+    is left as it is.
+    """
+    eights = flags.view(np.uint64)
+    for g in range(min(eights.size, packed.size)):
+        # Bit j of the byte stays in byte j alone.
+        eights[g] = (np.uint64(packed[g]) * _EVERY_BYTE) & _DIAGONAL
+
+
+@njit(nogil=True, cache=True)
 def keep_packed(row: Array, start: int, packed: Array) -> None:
     """Zero the entries whose bit is not set; `row` holds elements start, start + 1, ..."""
     zero = row.dtype.type(0)
@@ -114,14 +127,10 @@ def keep_packed(row: Array, start: int, packed: Array) -> None:
             row[i] = zero
     whole = (row.size - head) // 8
     flags = np.empty(_CHUNK, np.uint8)
-    eights = flags.view(np.uint64)
-    for begin in range(0, whole, eights.size):
+    for begin in range(0, whole, _CHUNK // 8):
         first = head + 8 * begin
         part = row[first : min(first + _CHUNK, head + 8 * whole)]
-        source = packed[(start + first) >> 3 : (start + first + part.size) >> 3]
-        for g in range(source.size):
-            # Bit j of the byte stays in byte j alone.
-            eights[g] = (np.uint64(source[g]) * _EVERY_BYTE) & _DIAGONAL
+        unpack(packed[(start + first) >> 3 : (start + first + part.size) >> 3], flags)
         for i in range(part.size):
             part[i] = part[i] if flags[i] else zero
     for i in range(head + 8 * whole, row.size):

@@ -144,7 +144,7 @@ def weighted_sum(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _elected(
+def elected(
     origin: np.float32,
     x: np.float32,
     y: np.float32,
@@ -209,7 +209,7 @@ def _elect_run(
             x = x if np.uint32(as_bits(x) & _MAGNITUDE) >= j else zero
             y = y if np.uint32(as_bits(y) & _MAGNITUDE) >= k else zero
             z = z if np.uint32(as_bits(z) & _MAGNITUDE) >= m else zero
-            value = _elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
+            value = elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
             out[i] = to_bf16(value)
             largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
         return largest
@@ -220,7 +220,7 @@ def _elect_run(
         x = x if np.uint32(np.uint32(as_bits(x) & _MAGNITUDE) - j) <= e else zero
         y = y if np.uint32(np.uint32(as_bits(y) & _MAGNITUDE) - k) <= f else zero
         z = z if np.uint32(np.uint32(as_bits(z) & _MAGNITUDE) - m) <= g else zero
-        value = _elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
+        value = elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
         out[i] = to_bf16(value)
         largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
     return largest
@@ -310,7 +310,7 @@ def _elect_half(
         tied |= np.uint32(one == j) | np.uint32(two == k) | np.uint32(three == m)
         x, y = x if one <= j else zero, y if two <= k else zero
         z = z if three <= m else zero
-        value = _elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
+        value = elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
         out[i] = to_bf16(value)
         largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
     return largest, bool(tied != 0)
@@ -375,7 +375,7 @@ def drop_and_elect(
                     update = factors[r] * (from_bf16(bits[r, begin + i]) - origin)
                     kept[r] = np.float32(0) if dropped else update
                 if changed:
-                    value = _elected(
+                    value = elected(
                         origin, kept[0], kept[1], kept[2], ballots[0], ballots[1], ballots[2],
                         np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2]),
                         divide, np.float32(scale),

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, ClassVar
 
 from fusekit import kernels
 from fusekit.errors import RecipeError
-from fusekit.kernels import GRANULE
 from fusekit.methods.base import Block, Parameter, Sequential, Tensor
 from fusekit.methods.pruning import (
     Pruning,
@@ -46,11 +45,15 @@ class Ramp:
     density: float
     epsilon: float
 
+    def ends(self, length: int) -> tuple[float, float]:
+        """Probabilities of the smallest and of the largest; a row of one keeps `density`."""
+        spread = self.epsilon if length > 1 else 0.0
+        return self.density - spread, self.density + spread
+
     def line(self, length: int) -> tuple[float, float]:
-        """(probability of rank 0, growth per rank) in a row; a row of one keeps `density`."""
-        if length == 1:
-            return self.density, 0.0
-        return self.density - self.epsilon, 2.0 * self.epsilon / (length - 1)
+        """(probability of rank 0, growth per rank)."""
+        low, high = self.ends(length)
+        return low, (high - low) / max(length - 1, 1)
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,6 @@ class Rows:
     @property
     def unit(self) -> int:
         return self.length * self.stride
-
-    @property
-    def grain(self) -> int:
-        return self.unit if self.unit > 1 else GRANULE
 
 
 def rows_of(shape: tuple[int, ...], rank_over: str) -> Rows:
@@ -90,10 +89,12 @@ class _Drawn:
 class RankDrops(Sequential):
     """Draws which entries are kept. A model without a ramp keeps everything.
 
-    The rule receives (packed flags (models, bytes), sums of |v| (models, 2) before and after).
+    Within a row, entries meet others that are drawn at random: see `kernels.lottery`. The rule
+    receives (packed flags (models, bytes), sums of |v| (models, 2) before and after).
     """
 
     deltas: ClassVar[bool] = True
+    in_registers: ClassVar[bool] = True
 
     ramps: tuple[Ramp | None, ...]
     rank_over: str
@@ -105,30 +106,47 @@ class RankDrops(Sequential):
         import numpy as np
 
         packed = np.zeros((len(self.ramps), -(-tensor.size // 8)), np.uint8)
+        for model, ramp in enumerate(self.ramps):
+            mask = explicit_mask(tensor, model)
+            if ramp is None:
+                packed[model] = 0xFF
+            elif mask is not None:
+                packed[model] = np.packbits(mask != 0, bitorder="little")
         return _Drawn(packed, np.zeros((len(self.ramps), 2)))
 
     def update(self, state: _Drawn, block: Block) -> None:
         import numpy as np
 
-        rows = rows_of(block.tensor.shape, self.rank_over)
-        keep = block.scratch("keep", (block.size,), np.uint8)
+        lottery, rows = kernels.lottery, rows_of(block.tensor.shape, self.rank_over)
+        models, base = _operands(block)
+        kind = np.float64 if models.dtype == np.float64 else np.float32
+        sizes = np.zeros(-(-rows.length // lottery.LANES) * lottery.LANES, kind)
+        keys = sizes.view(np.uint64 if kind == np.float64 else np.uint32)
         for model, ramp in enumerate(self.ramps):
             if ramp is None:
                 continue
-            row, mask = block.rows[model], explicit_mask(block.tensor, model)
-            if mask is not None:
-                keep[:] = mask[block.start : block.start + row.size]
-            else:
-                key = np.uint64(block.tensor.keys[model])
-                low, slope = ramp.line(rows.length)
-                kernels.ranks.keep_by_rank(
-                    *_as_integers(row), key, block.start, rows.length, rows.stride, low, slope, keep
-                )
-            kernels.ranks.add_kept_sums(row, keep, rows.grain, state.totals[model])
-            kernels.ranks.pack(keep, block.start, state.packed[model])
+            own = models[model], base
+            out = state.packed[model], state.totals[model]
+            if explicit_mask(block.tensor, model) is not None:
+                lottery.add_sizes(*own, block.start, rows.length, sizes, *out)
+                continue
+            key = np.uint64(block.tensor.keys[model])
+            place = block.start, rows.length, rows.stride
+            lottery.draw(*own, key, *place, *ramp.ends(rows.length), sizes, keys, *out)
 
     def result(self, state: _Drawn) -> tuple[Array, Array]:
         return state.packed, state.totals
+
+
+def _operands(block: Block) -> tuple[Array, Array]:
+    """The models and their base as bits of bfloat16, else the task vectors and nothing."""
+    packed = block.packed
+    if packed is not None and packed.kind == kernels.tiles.BF16:
+        stop = packed.start + block.size
+        if kernels.direct.all_finite(packed.bits, packed.start, stop):
+            bits = packed.bits[:, packed.start : stop]
+            return bits[:-1], bits[-1]
+    return block.rows, block.rows[0, :0]
 
 
 def _as_integers(row: Array) -> tuple[Array, int, int]:

@@ -112,6 +112,18 @@ class Program:
         for number, cut in self.cuts:
             cut.leave(int(left[number]))
 
+    def kept_factors(self) -> Array | None:
+        """By model, what is multiplied by; None if it does more than keep what is flagged first."""
+        import numpy as np
+
+        factors = np.ones(len(self.flags), np.float32)
+        for (kind, model), value in zip(self.steps.tolist(), self.values.tolist(), strict=True):
+            if kind == kernels.tiles.SCALE and len(factors) and factors[model] == 1.0:
+                factors[model] = value
+            elif kind != kernels.tiles.KEEP_PACKED:
+                return None
+        return factors if len(factors) else None
+
     @contextmanager
     def on(self, block: Block) -> Iterator[tuple[Array, ...]]:
         """The kernels' arguments for a block; afterwards cuts know what is left of their ties."""

@@ -129,6 +129,10 @@ class ElectedMerge(OnPruned, Combine):
             chances = drops.keys, drops.densities, drops.factors
             return bool(trimmed.drop_and_elect(*place, *chances, *choices, out))
         program = self.program(block)
+        factors = program.kept_factors() if program is not None else None
+        if program is not None and factors is not None:
+            place, kept = (packed.bits, packed.start, block.start), (program.flags, factors)
+            return bool(kernels.lottery.elect_of_three(*place, *kept, *choices, out))
         if program is None or not program.only_cuts:
             return False
 

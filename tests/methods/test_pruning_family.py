@@ -300,18 +300,26 @@ def test_settings_without_effect_are_refused(parameters: dict[str, Any], message
 # -- DELLA -----------------------------------------------------------------------------------------
 
 
-def drawn_by_sorting(
+def drawn_by_rivals(
     delta: np.ndarray, density: float, epsilon: float, key: int, length: int, stride: int
 ) -> np.ndarray:
-    """Which entries are kept, by a stable sort of every row and the engine's random numbers."""
-    bits = np.empty(delta.size, np.uint32)
-    kernels.random.uniform_bits(np.uint64(key), 0, bits)
-    magnitudes = np.abs(delta).reshape(-1, length, stride)
-    ranks = np.argsort(np.argsort(magnitudes, axis=1, kind="stable"), axis=1, kind="stable")
-    slope = 2 * epsilon / (length - 1) if length > 1 else 0.0
-    low = density - epsilon if length > 1 else density
-    keep = bits.reshape(magnitudes.shape) < (low * 2.0**32 + slope * 2.0**32 * ranks)
-    return keep.reshape(delta.shape)
+    """Which entries are kept, by the engine's random numbers: each meets one rival of its row."""
+    numbers = np.empty(delta.size, np.uint32)
+    kernels.random.uniform_bits(np.uint64(key), 0, numbers)
+    spread = epsilon if length > 1 else 0.0
+    first = int((density - spread) * 2.0**32)
+    tickets = int((density + spread - (density - spread)) * 2.0**32)
+    share, shift = kernels.lottery.rivals_per_ticket(length - 1, np.uint32(tickets))
+    sizes = np.abs(delta).reshape(-1, length, stride)
+    ticket = numbers.astype(np.int64).reshape(sizes.shape) - first
+    plays = (ticket >= 0) & (ticket < tickets)
+    here = np.arange(length)[:, None]
+    rival = (np.where(plays, ticket, 0).astype(np.uint64) * share >> shift).astype(np.int64)
+    before = rival < here
+    other = np.take_along_axis(sizes, np.minimum(rival + ~before, length - 1), axis=1)
+    wins = (other < sizes) | ((other == sizes) & before)
+    keep: np.ndarray = ((ticket < 0) | (plays & wins)).reshape(delta.shape)
+    return keep
 
 
 @settings(max_examples=40, deadline=None)
@@ -325,7 +333,7 @@ def drawn_by_sorting(
     seed=st.integers(0, 1000),
     wide=st.booleans(),
 )
-def test_drops_by_rank_are_those_of_a_stable_sort(
+def test_entries_are_kept_if_they_beat_the_rival_drawn_for_them(
     rows: int,
     columns: int,
     distinct: int,
@@ -348,7 +356,7 @@ def test_drops_by_rank_are_those_of_a_stable_sort(
         parameters={"density": density, "epsilon": epsilon, "rescale": "none"},
         seed=seed,
     )
-    keep = drawn_by_sorting(delta, density, epsilon, random_key(seed, 0, "w"), columns, 1)
+    keep = drawn_by_rivals(delta, density, epsilon, random_key(seed, 0, "w"), columns, 1)
     np.testing.assert_array_equal(merged["w"], delta * keep)
 
 
@@ -364,7 +372,7 @@ def test_rows_of_a_convolution(rank_over: str, length: int, stride: int) -> None
         base={"w": np.zeros_like(delta)},
         parameters=options,
     )
-    keep = drawn_by_sorting(delta, 0.5, 0.4, random_key(0, 0, "w"), length, stride)
+    keep = drawn_by_rivals(delta, 0.5, 0.4, random_key(0, 0, "w"), length, stride)
     np.testing.assert_array_equal(merged["w"], delta * keep)
 
 
@@ -376,7 +384,7 @@ def test_many_equal_magnitudes_are_ranked_by_position() -> None:
         base={"w": np.zeros_like(delta)},
         parameters={"density": 0.5, "epsilon": 0.4, "rescale": "none"},
     )
-    keep = drawn_by_sorting(delta, 0.5, 0.4, random_key(0, 0, "w"), 4096, 1)
+    keep = drawn_by_rivals(delta, 0.5, 0.4, random_key(0, 0, "w"), 4096, 1)
     np.testing.assert_array_equal(merged["w"], delta * keep)
     early, late = keep[:200].mean(), keep[-200:].mean()
     assert late > early + 0.2
