@@ -37,6 +37,7 @@ _SUBMODULES = (
     "pairs",
     "random",
     "ranks",
+    "selected",
     "statistics",
     "stitch",
     "thin",

@@ -143,7 +143,7 @@ def _pair(left: Array, right: Array, base: Array, deltas: bool, chains: Array) -
 
 
 @njit(nogil=True, cache=True)
-def _folded(lane: Array) -> float:
+def folded(lane: Array) -> float:
     """The sum of a power of two of entries, the upper half added to the lower again and again."""
     half = lane.size
     while half > 1:
@@ -180,7 +180,7 @@ def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array
                         chain[i] = np.float32(0)
                 links = 0
         for j in range(3):
-            out[granule, j] = _folded(lanes[j])
+            out[granule, j] = folded(lanes[j])
 
 
 @njit(nogil=True, cache=True)
@@ -276,7 +276,7 @@ def drop_sums(
             for which in range(2):
                 for i in range(random.HALF):
                     lanes[which, i] = np.float64(sizes[which, i])
-                out[granule, which * models + r] = _folded(lanes[which])
+                out[granule, which * models + r] = folded(lanes[which])
             out[granule, models + r] -= dropped
 
 
@@ -373,32 +373,37 @@ def _deviate(
 
 
 @njit(nogil=True, cache=True)
+def variance_of_run(bits: Array, start: int, total: Array, square: Array, out: Array) -> None:
+    """`variance` of as many finite entries as `out` has room for; all arrays are of one length."""
+    n = bits.shape[0] - 1
+    share = 1.0 / n
+    stop = start + out.size
+    base, first = bits[n, start:stop], bits[0, start:stop]
+    total[:] = 0.0
+    square[:] = 0.0
+    if n % 2 == 0:  # the first one beside itself adds nothing
+        _deviate(first, bits[1, start:stop], first, base, total, square)
+    for r in range(2 - n % 2, n, 2):
+        _deviate(bits[r, start:stop], bits[r + 1, start:stop], first, base, total, square)
+    for i in range(out.size):
+        mean = total[i] * share
+        out[i] = square[i] * share - mean * mean
+
+
+@njit(nogil=True, cache=True)
 def variance(bits: Array, start: int, out: Array) -> int:
     """`thin.variance` of the task vectors, to the same bits: (elements,) float32.
 
     Returns how many elements are done: fewer than asked for where the next 1024 have an entry that
     is not finite.
     """
-    n = bits.shape[0] - 1
-    share = 1.0 / n
     totals, squares = np.empty(CHUNK, np.float64), np.empty(CHUNK, np.float64)
     for begin in range(0, out.size, CHUNK):
         part = out[begin : begin + CHUNK]
-        at = start + begin
-        stop = at + part.size
-        if not all_finite(bits, at, stop):
+        at, count = start + begin, part.size
+        if not all_finite(bits, at, at + count):
             return begin
-        base, first = bits[n, at:stop], bits[0, at:stop]
-        total, square = totals[: part.size], squares[: part.size]
-        total[:] = 0.0
-        square[:] = 0.0
-        if n % 2 == 0:  # the first one beside itself adds nothing
-            _deviate(first, bits[1, at:stop], first, base, total, square)
-        for r in range(2 - n % 2, n, 2):
-            _deviate(bits[r, at:stop], bits[r + 1, at:stop], first, base, total, square)
-        for i in range(part.size):
-            mean = total[i] * share
-            part[i] = square[i] * share - mean * mean
+        variance_of_run(bits, at, totals[:count], squares[:count], part)
     return int(out.size)
 
 

@@ -499,6 +499,19 @@ def random_drops(tensor: Tensor, packed: Packed | None, prunings: Prunings) -> D
     )
 
 
+def selected(packed: Packed, prunings: Prunings, start: int) -> tuple[Cut, Array] | None:
+    """(the cut, equal variances left, -1: all) of bfloat16 models of which positions are kept."""
+    import numpy as np
+
+    if packed.kind != kernels.tiles.BF16 or len(prunings) != 1:
+        return None
+    (pruning,) = prunings
+    if not isinstance(pruning, KeepVarying):
+        return None
+    cut = pruning.cut
+    return cut, np.array([-1 if cut.ties is None else cut.left(start)])
+
+
 def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, out: Array) -> None:
     """Sums of the pruned task vectors per grain and model; `unpruned` puts those before in front.
 
@@ -519,6 +532,14 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
         if (drops.factors == 1.0).all():
             kernels.direct.drop_sums(*bits, position, drops.keys, drops.densities, out)
             if np.isfinite(out).all():
+                return
+    if what == kernels.norms.SQUARES and packed is not None and not unpruned:
+        selection = selected(packed, request.prunings, block.start)
+        if selection is not None:
+            cut, left = selection
+            bits = packed.bits, packed.start, block.size
+            if kernels.selected.squares(*bits, cut.threshold, left, out):
+                cut.leave(int(left[0]))
                 return
     if program is not None and packed is not None and grain == GRANULE:
         place = packed.bits, packed.kind, packed.start, block.size, block.start

@@ -38,6 +38,7 @@ from fusekit.methods.pruning import (
     match_l1,
     prune,
     random_drops,
+    selected,
     trim_exact,
     trim_threshold,
 )
@@ -128,6 +129,14 @@ class ElectedMerge(OnPruned, Combine):
             place = packed.bits, packed.start, block.start
             chances = drops.keys, drops.densities, drops.factors
             return bool(trimmed.drop_and_elect(*place, *chances, *choices, out))
+        selection = selected(packed, self.prunings, block.start)
+        if selection is not None:
+            cut, left = selection
+            varying = packed.bits, packed.start, cut.threshold, left
+            if not kernels.selected.elect_of_three(*varying, *choices, out):
+                return False
+            cut.leave(int(left[0]))
+            return True
         program = self.program(block)
         factors = program.kept_factors() if program is not None else None
         if program is not None and factors is not None:
