@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -126,6 +127,14 @@ class LoraModule:
         return adapted
 
 
+class StoredModules(Mapping[str, LoraModule], ABC):
+    """Modules of a file, read at each access, whose sizes are known without."""
+
+    @abstractmethod
+    def outline(self, name: str) -> LoraModule:
+        """A module with all its facts and sizes; its arrays are zeros that take no memory."""
+
+
 @dataclass(frozen=True, eq=False, slots=True)
 class Adapter:
     """A set of low-rank updates and full-rank replacements for one base model.
@@ -161,6 +170,12 @@ class Adapter:
                 f"{self.label}: module {self.flattened!r} is named as kohya's tools flatten names: "
                 "what it stands for is known with the base model only, expected a base"
             )
+
+    def outline(self, name: str) -> LoraModule | None:
+        """A module's facts and sizes; None where they are known only by computing it."""
+        if isinstance(self.modules, StoredModules):
+            return self.modules.outline(name)
+        return self.modules[name] if isinstance(self.modules, dict) else None
 
     def changed_tensors(self) -> list[str]:
         """Names of all base tensors this adapter changes, biases included."""

@@ -199,8 +199,6 @@ def merge_adapters(
                [0.75, 0.75, 0.75]], dtype=float32)
     """
     options = options or MergeOptions()
-    for adapter in adapters:
-        adapter.require_names()
     settings = (checked_weights(adapters, method, weights, options), options)
     if vary is not None:
         for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
@@ -209,12 +207,58 @@ def merge_adapters(
     label = f"{method} of {len(adapters)} adapters"
     if vary is None and _changes_nothing(method, *settings):
         return dataclasses.replace(adapters[0], label=label)
-    for adapter in adapters:
-        _check_dora(adapter, method, base)
+    check_adapters(adapters, method, settings_of, base)
     pool = _Pool(adapters, settings_of, base)
     modules = _MergedModules(pool, _combiner(pool, method, options), options)
     replacements = _merged_replacements(adapters, settings_of)
     return Adapter(label, modules, replacements, _shared_config(adapters))
+
+
+def check_adapters(
+    adapters: Sequence[Adapter],
+    method: str,
+    settings: Callable[[str], Settings],
+    base: TensorSource | None,
+) -> None:
+    """Refuse adapters that do not merge with each other, as far as that shows without reading one.
+
+    Raises:
+        CheckpointError, FusekitError: see `merge_adapters`.
+    """
+    for adapter in adapters:
+        adapter.require_names()
+        _check_dora(adapter, method, base)
+    for name in dict.fromkeys(name for adapter in adapters for name in adapter.modules):
+        holders = [adapter for adapter in adapters if name in adapter.modules]
+        outlines = [(a.label, module) for a in holders if (module := a.outline(name)) is not None]
+        for label, module in outlines[1:]:
+            _check_agreement(label, module, *outlines[0])
+        if method in COMBINATIONS and len(adapters) > 1:
+            _check_ranks(name, [module.rank for _, module in outlines], settings(name)[1])
+
+
+def _check_ranks(name: str, ranks: Sequence[int], options: MergeOptions) -> None:
+    if len(set(ranks)) > 1 and options.convention == "peft":
+        raise FusekitError(
+            f"adapter module {name!r} has ranks {list(ranks)}: combining factors needs equal "
+            "ranks; use cat or svd"
+        )
+
+
+def _check_agreement(label: str, module: LoraModule, other_label: str, other: LoraModule) -> None:
+    same = (
+        module.kind == other.kind
+        and module.A.shape[1] == other.A.shape[1]
+        and module.B.shape[0] == other.B.shape[0]
+        and module.kernel == other.kernel
+        and module.experts == other.experts
+    )
+    if not same:
+        raise CheckpointError(
+            f"adapter module {module.name!r} is {module.kind} of shape "
+            f"{list(module.weight_shape)} in {label}, but {other.kind} of shape "
+            f"{list(other.weight_shape)} in {other_label}: they are for different base models"
+        )
 
 
 def _check_dora(adapter: Adapter, method: str, base: TensorSource | None) -> None:
@@ -226,7 +270,7 @@ def _check_dora(adapter: Adapter, method: str, base: TensorSource | None) -> Non
     if adapter.dora and base is None:
         raise CheckpointError(
             f"{adapter.label}: uses DoRA, whose update depends on the base's weights: merging "
-            "needs the base model"
+            "needs the base model (base_model of a recipe, --base)"
         )
 
 
@@ -310,7 +354,8 @@ class _Pool:
                 continue
             module = adapter.modules[name]
             if found:
-                self._check_agreement(adapter, module, found[0])
+                first = self.adapters[found[0].source].label
+                _check_agreement(adapter.label, module, first, found[0].module)
             found.append(
                 _Part(
                     source=index,
@@ -322,22 +367,6 @@ class _Pool:
                 )
             )
         return found
-
-    def _check_agreement(self, adapter: Adapter, module: LoraModule, first: _Part) -> None:
-        other = first.module
-        same = (
-            module.kind == other.kind
-            and module.A.shape[1] == other.A.shape[1]
-            and module.B.shape[0] == other.B.shape[0]
-            and module.kernel == other.kernel
-            and module.experts == other.experts
-        )
-        if not same:
-            raise CheckpointError(
-                f"adapter module {module.name!r} is {module.kind} of shape "
-                f"{list(module.weight_shape)} in {adapter.label}, but {other.kind} of shape "
-                f"{list(other.weight_shape)} in {self.adapters[first.source].label}"
-            )
 
     def _dense(self, module: LoraModule) -> Array | None:
         """The update (out, in) of a DoRA module, which is not of low rank."""
@@ -492,11 +521,8 @@ def _factor_space(
     """
     triples = _low_rank(name, parts)
     ranks = [A.shape[0] for A, _, _ in triples]
-    if len(set(ranks)) > 1 and options.convention == "peft":
-        raise FusekitError(
-            f"adapter module {name!r} has ranks {ranks}: combining factors needs equal ranks; "
-            "use cat or svd"
-        )
+    if len(parts) > 1:
+        _check_ranks(name, ranks, options)
     sizes = [abs(coefficient) for _, _, coefficient in triples]
     total = 1.0
     if options.convention == "fusekit" and not combination.elect:

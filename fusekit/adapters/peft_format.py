@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule, to_float32
+from fusekit.adapters.adapter import Adapter, Array, Kind, LoraModule, StoredModules, to_float32
 from fusekit.adapters.foreign_names import DORA_SCALE, to_peft_keys
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.pickles import PickleFile
@@ -59,7 +59,7 @@ class _Spec:
     magnitude_axis: Literal["output", "input"]
 
 
-class _Modules(Mapping[str, LoraModule]):
+class _Modules(StoredModules):
     """Modules read at each access, so that an adapter never is in memory whole."""
 
     def __init__(self, source: TensorSource, specs: Mapping[str, _Spec]) -> None:
@@ -67,8 +67,14 @@ class _Modules(Mapping[str, LoraModule]):
         self._specs = specs
 
     def __getitem__(self, name: str) -> LoraModule:
+        return self._module(name, read_finite)
+
+    def outline(self, name: str) -> LoraModule:
+        return self._module(name, _hollow)
+
+    def _module(self, name: str, read: Callable[[TensorSource, str], Array]) -> LoraModule:
         spec = self._specs[name]
-        tensors = {part: read_finite(self._source, key) for part, key in spec.keys.items()}
+        tensors = {part: read(self._source, key) for part, key in spec.keys.items()}
         A, B = tensors["A"], tensors["B"]
         if "mid" in tensors:
             A = _with_middle(A, tensors["mid"])
@@ -455,6 +461,12 @@ def read_array(source: TensorSource, name: str) -> Array:
     if info.size:
         source.read_into(name, 0, info.size, array.reshape(-1).view(np.uint8).data)
     return array
+
+
+def _hollow(source: TensorSource, name: str) -> Array:
+    """Zeros of a tensor's shape and type that take no memory."""
+    info = source.tensors[name]
+    return np.broadcast_to(np.zeros((), info.dtype.numpy), info.shape)
 
 
 def read_finite(source: TensorSource, name: str) -> Array:

@@ -16,6 +16,7 @@ from fusekit.adapters.merge import (
     METHODS,
     MergeOptions,
     Settings,
+    check_adapters,
     checked_weights,
     default_weight,
     merge_adapters,
@@ -30,8 +31,7 @@ from fusekit.adapters.provenance import (
     merge_method_text,
     short_name,
 )
-from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
-from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
+from fusekit.checkpoint.folder import Checkpoint, adapter_folder, open_checkpoint
 from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.references import exists, parse_reference
 from fusekit.checkpoint.safetensors import SafetensorsFile
@@ -320,13 +320,8 @@ def plan_adapters(recipe: Recipe, component: str | None = None) -> AdapterPlan:
         except FusekitError as error:
             where = "" if values.is_constant else f"tensor {tensor!r}: "
             raise RecipeError(f"{where}{error}") from None
-    for i, adapter in enumerate(adapters):
-        adapter.require_names()
-        if adapter.dora and base is None:
-            raise RecipeError(
-                f"models[{i}]: uses DoRA, whose update depends on the base's weights: "
-                "base_model is missing"
-            )
+    source = None if base is None else base.source
+    check_adapters(adapters, method, values, source)
     weights, options = values(varying[0])
     vary = None if values.is_constant else values
     return AdapterPlan(recipe, method, folders, adapters, tuple(weights), options, base, vary)
@@ -457,10 +452,7 @@ def _folder(entry: ModelEntry, folder: Path | None) -> Path:
         if exists(path):
             return path
     parsed = parse_reference(entry.model)
-    if not is_hub_reference(parsed.model):
-        looked = " or ".join(str(path.absolute()) for path in _candidates(entry.model, folder))
-        raise RecipeError(f"adapter {entry.model!r}: no such file or folder (looked at {looked})")
-    return resolve_hub(parsed.model, parsed.revision).folder
+    return adapter_folder(entry.model, parsed.model, parsed.revision, folder)
 
 
 def _provenance(plan: AdapterPlan) -> Provenance:

@@ -141,7 +141,7 @@ def open_checkpoint(
     if parsed.lora is None:
         return model
     try:
-        adapter = _adapter_folder(reference, parsed.lora, parsed.lora_revision, relative_to)
+        adapter = adapter_folder(reference, parsed.lora, parsed.lora_revision, relative_to)
         return replace(model, source=_with_adapter(model.source, adapter))
     except BaseException:
         model.source.close()
@@ -174,9 +174,14 @@ def _open_model(
     return Checkpoint(reference, found.weights or _open_folder(found.folder), found.folder)
 
 
-def _adapter_folder(
+def adapter_folder(
     reference: str, adapter: str, revision: str | None, relative_to: Path | None
 ) -> Path:
+    """Where an adapter that a reference names is: on this disk, or fetched from the hub.
+
+    Raises:
+        CheckpointError: in neither place, or on this disk, where there are no revisions.
+    """
     path = _existing(adapter, relative_to)
     if path is None:
         looked = _missing(adapter, relative_to, "adapter")

@@ -342,7 +342,7 @@ def test_dora_needs_a_base_and_a_method_before_anything_is_written(folder):
         for name, (rows, _) in SHAPES.items()
     }
     save_file(load_file(path) | magnitudes, path)
-    with pytest.raises(RecipeError, match=r"models\[1\]: uses DoRA.*base_model is missing"):
+    with pytest.raises(CheckpointError, match=r"task1: uses DoRA.*needs the base model"):
         fusekit.merge(recipe_of(folder, "svd"), folder / "out")
     recipe = recipe_of(folder, "cat", base_model=str(folder / "full"))
     with pytest.raises(CheckpointError, match=r"task1: uses DoRA.* merge it with svd or one"):
@@ -407,3 +407,30 @@ def test_from_the_command_line(folder):
     refused = command("merge", str(folder / "recipe.yml"), str(folder / "out2"), cwd="/")
     assert refused.returncode != 0
     assert "did you mean 'rank'?" in refused.stderr
+
+
+def other_base(folder):
+    write_adapter(random_adapter(2, {**SHAPES, "m.q.weight": (10, 7)}), folder / "task1b")
+    return "task1b", {}, r"\[10, 7\] in .*task1b, but linear of shape \[9, 7\] in .*: they are for"
+
+
+def other_rank(folder):
+    write_adapter(random_adapter(2, SHAPES, rank=2), folder / "task1b")
+    return "task1b", {"convention": "peft"}, r"has ranks \[\d, 2\]: combining factors needs equal"
+
+
+@pytest.mark.parametrize("case", [other_base, other_rank])
+def test_adapters_that_do_not_fit_are_refused_before_anything_is_read(case, folder, monkeypatch):
+    name, parameters, message = case(folder)
+    recipe = recipe_of(folder, "linear", parameters=parameters)
+    recipe["models"][1] = {**recipe["models"][1], "model": str(folder / name)}
+    monkeypatch.setattr("fusekit.adapters.peft_format.read_array", None)
+    with pytest.raises(FusekitError, match=message):
+        plan_adapters(fusekit.load_recipe(recipe))
+
+
+def test_a_missing_adapter_is_named_with_what_is_near(folder):
+    recipe = recipe_of(folder, "linear")
+    recipe["models"][1] = {**recipe["models"][1], "model": str(folder / "taks1")}
+    with pytest.raises(FusekitError, match=r"adapter '.*taks1': no such.*mean 'task1'"):
+        fusekit.merge(recipe, folder / "out")
