@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 from fusekit.calibrate.models import Batch, as_in_use, device_of, forward, mask_of, to_device
 from fusekit.errors import FusekitError
+from fusekit.methods.matrix.linalg import outer
 
-BLOCK_COLUMNS = 256
+BLOCK_COLUMNS = 4096
 """Gram matrices are computed by blocks of so many rows, what lies below the diagonal left out."""
 
 COLLECTED_TOKENS = 1024
@@ -73,8 +75,10 @@ class Gram(Accumulator):
 
     def add(self, rows: Tensor) -> None:
         for start in range(0, rows.shape[1], BLOCK_COLUMNS):
-            block = slice(start, start + BLOCK_COLUMNS)
-            self.sum[block, start:] += rows[:, block].T @ rows[:, start:]
+            stop = start + BLOCK_COLUMNS
+            block = rows[:, start:stop].T
+            self.sum[start:stop, start:stop] += outer(block)
+            self.sum[start:stop, stop:] += block @ rows[:, stop:]
 
     @classmethod
     def mean(cls, total: Tensor, tokens: int) -> Tensor:
@@ -148,13 +152,15 @@ class Capture:
         self.names = list(names)
         self._sums: dict[Together, Accumulator] = {}
         self._collected: dict[Together, list[Tensor]] = {}
+        self.mask: Tensor | None = None
+        """Of the batch that is run, which positions are text; None for all."""
         self._fed: _Fed | None = None
-        self._mask: Tensor | None = None
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Hooks in place, removed again whatever happens."""
+        """Hooks in place, and NumPy on as many threads as torch, until it ends in whatever way."""
         with contextlib.ExitStack() as stack:
+            stack.enter_context(threadpool_limits(torch.get_num_threads(), user_api="blas"))
             for name in self.names:
                 module = self.model.get_submodule(name)
                 stack.callback(module.register_forward_pre_hook(self._hook(name)).remove)
@@ -163,7 +169,7 @@ class Capture:
     @torch.no_grad()
     def run(self, batch: Batch) -> None:
         """Take in one batch, with the hooks in place."""
-        self._mask = mask_of(batch)
+        self.mask = mask_of(batch)
         forward(self.model, batch)
         self.forget()
 
@@ -245,8 +251,8 @@ class Capture:
     def _rows(self, source: Tensor) -> Tensor:
         """(tokens, inputs) in float32, padding left out; a copy, which may outlive the input."""
         rows = source.reshape(-1, source.shape[-1])
-        if self._mask is not None and self._mask.shape == source.shape[:-1]:
-            return rows[self._mask.reshape(-1).bool()].float()
+        if self.mask is not None and self.mask.shape == source.shape[:-1]:
+            return rows[self.mask.reshape(-1).bool()].float()
         return rows.to(torch.float32, copy=True)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fusekit.calibrate.hooks import Capture, linear_modules
-from fusekit.calibrate.models import Batch, as_in_use, blocks_of, forward
+from fusekit.calibrate.models import Batch, as_in_use, blocks_of, forward, mask_of
 from fusekit.errors import FusekitError
 from fusekit.methods.matrix.linalg import mean
 from fusekit.methods.matrix.regmean import merge
@@ -30,8 +31,8 @@ def regmean_plus_plus(
 
     Everything outside the blocks is averaged first. Then, for block l: every model's data comes
     through the merged part so far, runs through that model's own block l, whose linear layers' Gram
-    matrices are taken; the block is merged by RegMean (biases, norms: averages) and the data moves
-    on through it.
+    matrices are taken, padding left out; the block is merged by RegMean (biases, norms: averages)
+    and the data moves on through it.
 
     Args:
         merged: takes the result, its own weights are overwritten.
@@ -57,11 +58,19 @@ def regmean_plus_plus(
         for index in range(count):
             _merge_block(merged, models, blocks, index, streams, scale)
             block = blocks_of(merged, blocks)[index]
-            streams = [[_next(call, block(*call[0], **call[1])) for call in own] for own in streams]
+            streams = [[_next(call, call.run(block)) for call in own] for own in streams]
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a block's forward call."""
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Arguments of a block's forward call, and which of its positions are text (None: all)."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    mask: Tensor | None
+
+    def run(self, block: nn.Module) -> Any:
+        return block(*self.arguments, **self.keywords)
 
 
 def _merge_block(
@@ -95,8 +104,9 @@ def _merge_block(
 def _grams(block: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:
     watched = Capture(block, "gram", linear_modules(block))
     with watched.watching():
-        for arguments, keywords in calls:
-            block(*arguments, **keywords)
+        for call in calls:
+            watched.mask = call.mask
+            call.run(block)
             watched.forget()
     return watched.results()
 
@@ -119,7 +129,7 @@ def _caught(model: nn.Module, blocks: str, batch: Batch) -> Call:
     calls: list[Call] = []
 
     def hook(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        calls.append((arguments, dict(keywords)))
+        calls.append(Call(arguments, dict(keywords), mask_of(batch)))
         raise _StopForwardError
 
     handle = blocks_of(model, blocks)[0].register_forward_pre_hook(hook, with_kwargs=True)
@@ -135,8 +145,7 @@ def _caught(model: nn.Module, blocks: str, batch: Batch) -> Call:
 
 def _next(call: Call, output: Any) -> Call:
     """The call of the following block, which takes this one's output first."""
-    arguments, keywords = call
     hidden = output[0] if isinstance(output, tuple) else output
-    if arguments:
-        return (hidden, *arguments[1:]), keywords
-    return (), {**keywords, "hidden_states": hidden}
+    if call.arguments:
+        return replace(call, arguments=(hidden, *call.arguments[1:]))
+    return replace(call, keywords={**call.keywords, "hidden_states": hidden})

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
-from fusekit.calibrate import capture, regmean_plus_plus  # noqa: E402
+from fusekit.calibrate import capture, hooks, regmean_plus_plus  # noqa: E402
 from fusekit.errors import FusekitError  # noqa: E402
 from tests.calibrate.models import Normed, Residual, load, tiny_llama  # noqa: E402
 from tests.vectors import Case, StateDict, read_case  # noqa: E402
@@ -63,6 +63,26 @@ def test_regmean_plus_plus_of_one_llama_gives_it_back(tmp_path: Path) -> None:
     regmean_plus_plus(merged, [model, model], [[batch]] * 2, "model.layers")
     arrays = {name: value.numpy() for name, value in model.state_dict().items()}
     assert_state(merged, arrays, 1e-5)
+
+
+def test_regmean_plus_plus_leaves_padding_out(tmp_path: Path) -> None:
+    models = [tiny_llama(tmp_path / name) for name in ("one", "two")]
+    with torch.no_grad():
+        for value in models[1].parameters():
+            value.add_(0.3 * torch.randn_like(value))
+    ids = torch.randint(2, 12, (6, 9))
+    padded = torch.nn.functional.pad(ids, (0, 20), value=1)
+    mask = (torch.arange(29) < 9).long().repeat(6, 1)
+    found = []
+    for batch in (
+        {"input_ids": ids, "attention_mask": torch.ones_like(ids)},
+        {"input_ids": padded, "attention_mask": mask},
+    ):
+        merged = tiny_llama(tmp_path / "merged")
+        regmean_plus_plus(merged, models, [[batch]] * 2, "model.layers")
+        found.append({name: value.numpy().copy() for name, value in merged.state_dict().items()})
+    for name, values in found[0].items():
+        np.testing.assert_allclose(found[1][name], values, atol=1e-4, err_msg=name)
 
 
 def test_regmean_plus_plus_refuses_a_wrong_list_of_blocks() -> None:
@@ -182,3 +202,16 @@ def test_layers_that_are_never_called_have_no_statistic() -> None:
     with pytest.raises(FusekitError, match="no linear layer's name contains 'attention'"):
         capture(model, [], modules="attention")
     assert "idle" not in capture(model, [torch.ones(1, 2)])
+
+
+@pytest.mark.parametrize("columns", [3, 8, 100])
+def test_blocks_of_a_gram_matrix_make_the_whole(
+    columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hooks, "BLOCK_COLUMNS", columns)
+    layer = torch.nn.Linear(16, 2)
+    inputs = torch.randn(50, 16)
+    found = capture(torch.nn.Sequential(layer), [inputs[:20], inputs[20:]])["0"]
+    expected = (inputs.double().T @ inputs.double() / 50).float()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert torch.equal(found, found.T)
