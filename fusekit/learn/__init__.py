@@ -9,6 +9,7 @@ from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
     from fusekit.learn.learned import LearnedSoup, learned_soup
+    from fusekit.learn.localized import LearnedMask, learn_mask
     from fusekit.learn.masks import MaskThresholds, choose_tall_lambda
     from fusekit.learn.soups import (
         GreedySoup,
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "DeepSurgery": "surgery",
     "GreedySoup": "soups",
+    "LearnedMask": "localized",
     "LearnedSoup": "learned",
     "MaskThresholds": "masks",
     "Selection": "soups",
@@ -32,6 +34,7 @@ _HOMES = {
     "fit_surgery": "surgery",
     "greedy_soup": "soups",
     "greedy_soup_folder": "soups",
+    "learn_mask": "localized",
     "learned_soup": "learned",
     "select": "soups",
     "uniform_soup_folder": "soups",
@@ -40,6 +43,7 @@ _HOMES = {
 __all__ = [
     "DeepSurgery",
     "GreedySoup",
+    "LearnedMask",
     "LearnedSoup",
     "MaskThresholds",
     "Selection",
@@ -49,6 +53,7 @@ __all__ = [
     "fit_surgery",
     "greedy_soup",
     "greedy_soup_folder",
+    "learn_mask",
     "learned_soup",
     "select",
     "uniform_soup_folder",
