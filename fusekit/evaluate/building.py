@@ -22,6 +22,9 @@ BUILDERS: Mapping[str, str] = {
 }
 """Suites that can be built, by name: `module:function`, a `Builder`, loaded on use."""
 
+MULTITASK = "multitask"
+"""Name, among a suite's references, of a model trained on the data of all tasks."""
+
 ABOUT = "trained.json"
 """In every folder that `once` made: what it was made with."""
 

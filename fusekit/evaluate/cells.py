@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 from fusekit import __version__
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.errors import RecipeError
-from fusekit.evaluate.configurations import statistic_of
+from fusekit.evaluate.configurations import Contender, statistic_of
+from fusekit.evaluate.data_methods import DataMethod, measure_expert
 from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.scores import relative_score
-from fusekit.evaluate.suite import Calibrates, Suite
+from fusekit.evaluate.suite import Suite
 from fusekit.methods.base import Method
+from fusekit.methods.registry import find
 
 Outcomes = dict[str, NDArray[Any]]
 """dataset -> what every example of the split scored."""
@@ -88,28 +91,28 @@ class Cells:
         scored = {**self._evaluator, **key, "datasets": self.suite.scored}
         return _arrays(self._remembered(f"scoring {name}", scored, lambda: self._score(path)))
 
-    def reported(self, method: Method, name: str, parameters: Parameters) -> Reported:
+    def reported(self, method: Contender, name: str, parameters: Parameters) -> Reported:
         """Merge in a process of its own and score on the reporting split."""
-        recipe = self.recipe(method, parameters)
 
         def compute() -> dict[str, Any]:
+            recipe = self.recipe(method, parameters)
             with tempfile.TemporaryDirectory() as folder:
                 merged = Path(folder) / "merged"
-                cost = self._workers.of(method).merge(recipe, merged)
+                cost = self._workers.of(_merger(method)).merge(recipe, merged)
                 return {"cost": asdict(cost), "scores": self._score(merged)}
 
         key = {"split": self.suite.reporting, "datasets": self.suite.scored, "measured": True}
         found = self._remembered(name, self._key(method, parameters, key), compute)
         return Reported(_arrays(found["scores"]), **found["cost"])
 
-    def tried(self, method: Method, parameters: Parameters) -> Tried | None:
+    def tried(self, method: Contender, parameters: Parameters) -> Tried | None:
         """Merge and score on the tuning split; None for what the method refuses."""
-        recipe = self.recipe(method, parameters)
-        shown = ", ".join(f"{k} {v:g}" for k, v in parameters.items()) or "defaults"
 
         def compute() -> dict[str, Any]:
             from fusekit.engine.run import merge
 
+            recipe = self.recipe(method, parameters)
+            self._experts_when_tuning()
             began = time.process_time()
             with tempfile.TemporaryDirectory() as folder:
                 merged = Path(folder) / "merged"
@@ -124,41 +127,61 @@ class Cells:
             return {"normalised": value, "cpu_seconds": time.process_time() - began}
 
         key = {"split": self.suite.tuning, "datasets": self._of_tasks, "tuning": True}
-        name = f"tuning {method.name}: {shown}"
+        name = f"tuning {method.name}: {_shown(parameters)}"
         found = self._remembered(name, self._key(method, parameters, key), compute)
         return None if "refused" in found else Tried(**found)
 
-    def measuring_seconds(self, method: Method) -> float:
+    def measuring_seconds(self, method: Contender) -> float:
         """CPU seconds that measuring the experts for a method took; 0 where it needs nothing."""
         statistic = statistic_of(method)
         if statistic is None:
             return 0.0
         return sum(self._statistics(task, statistic)[1] for task in self.suite.experts)
 
-    def recipe(self, method: Method, parameters: Parameters) -> dict[str, Any]:
-        """The merge of all experts by a method; experts are measured first where it asks for it."""
-        models: list[dict[str, Any]] = [{"model": str(p)} for p in self.suite.experts.values()]
-        statistic = statistic_of(method)
-        if statistic is not None:
-            for model, task in zip(models, self.suite.experts, strict=True):
-                path = self._statistics(task, statistic)[0]
-                model["parameters"] = {"statistics": str(path.resolve())}
+    def preparing_seconds(self, method: Contender, parameters: Parameters) -> float:
+        """CPU seconds that preparing one configuration took, of methods that prepare each."""
+        if not isinstance(method, DataMethod):
+            return 0.0
+        stored = json.loads(self._place(self._preparing_key(method, parameters)).read_text())
+        return float(stored["cpu_seconds"])
+
+    def forget_prepared(self) -> None:
+        """Remove checkpoints that were prepared to be merged: whole models, once for each try."""
+        shutil.rmtree(self._out / "prepared", ignore_errors=True)
+
+    def recipe(self, method: Contender, parameters: Parameters) -> dict[str, Any]:
+        """The merge of all experts by a method; what it needs of data is measured or made first."""
+        merger = _merger(method)
+        if isinstance(method, DataMethod):
+            models = [{"model": str(path)} for path in self._prepared(method, parameters)]
+            parameters = method.merging
+        else:
+            models = self._models(statistic_of(method))
         content: dict[str, Any] = {
-            "merge_method": method.name,
+            "merge_method": merger.name,
             "models": models,
             "parameters": dict(parameters),
             "seed": self.seed,
         }
-        if method.base == "origin":
+        if merger.base == "origin":
             content["base_model"] = str(self.suite.base)
         return content
+
+    def _models(self, statistic: str | None) -> list[dict[str, Any]]:
+        """The experts as a recipe lists them, with their files of statistics if there are any."""
+        models: list[dict[str, Any]] = [{"model": str(p)} for p in self.suite.experts.values()]
+        if statistic is not None:
+            for model, task in zip(models, self.suite.experts, strict=True):
+                path = self._statistics(task, statistic)[0]
+                model["parameters"] = {"statistics": str(path.resolve())}
+        return models
 
     @property
     def _of_tasks(self) -> tuple[str, ...]:
         return tuple(name for names in self.suite.groups.values() for name in names)
 
     def _key(
-        self, method: Method, parameters: Parameters, what: Mapping[str, Any]
+        self, method: Contender, parameters: Parameters, what: Mapping[str, Any]
     ) -> dict[str, Any]:
         inputs = [self._digests[p] for p in (self.suite.base, *self.suite.experts.values())]
         merge = {"method": method.name, "parameters": dict(parameters), "seed": self.seed}
@@ -166,22 +189,42 @@ class Cells:
 
     def _statistics(self, task: str, statistic: str) -> tuple[Path, float]:
         """An expert's file of statistics and the CPU seconds it took to measure."""
-        evaluator, expert = self.suite.evaluator, self.suite.experts[task]
-        assert isinstance(evaluator, Calibrates)
-        key = {**self._evaluator, "expert": self._digests[expert], "task": task}
-        key["statistic"] = statistic
+        expert = self._digests[self.suite.experts[task]]
+        key = {**self._evaluator, "expert": expert, "task": task, "statistic": statistic}
         path = self._out / "statistics" / f"{task}-{statistic}-{_digest(key)}.safetensors"
 
         def compute() -> dict[str, Any]:
             path.parent.mkdir(exist_ok=True)
             began = time.process_time()
-            evaluator.calibrate(expert, task, statistic, path)
+            measure_expert(self.suite, task, statistic, path)
             return {"cpu_seconds": time.process_time() - began}
 
         if not path.is_file():
             self._place(key).unlink(missing_ok=True)
         found = self._remembered(f"measuring {statistic} of {task}", key, compute)
         return path, float(found["cpu_seconds"])
+
+    def _preparing_key(self, method: DataMethod, parameters: Parameters) -> dict[str, Any]:
+        return self._key(method, method.complete(parameters), {"preparing": True})
+
+    def _prepared(self, method: DataMethod, parameters: Parameters) -> list[Path]:
+        """What a method prepares of the experts; kept until `forget_prepared`."""
+        key = self._preparing_key(method, parameters)
+        folder = self._out / "prepared" / _digest(key)
+
+        def compute() -> dict[str, Any]:
+            began = time.process_time()
+            partial = folder.with_name(folder.name + ".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            made = method.prepare(self.suite, method.complete(parameters), partial)
+            partial.rename(folder)
+            seconds = time.process_time() - began
+            return {"cpu_seconds": seconds, "made": [path.name for path in made]}
+
+        if not folder.is_dir():
+            self._place(key).unlink(missing_ok=True)
+        found = self._remembered(f"preparing {method.name}: {_shown(parameters)}", key, compute)
+        return [folder / name for name in found["made"]]
 
     def _experts_when_tuning(self) -> dict[str, float]:
         if self._expert_scores is None:
@@ -210,6 +253,15 @@ class Cells:
 
     def _place(self, key: Mapping[str, Any]) -> Path:
         return self._cells / f"{_digest(key)}.json"
+
+
+def _merger(method: Contender) -> Method:
+    """The registry's method that does the merging."""
+    return find(method.method) if isinstance(method, DataMethod) else method
+
+
+def _shown(parameters: Parameters) -> str:
+    return ", ".join(f"{name} {value:g}" for name, value in parameters.items()) or "defaults"
 
 
 def relative_means(

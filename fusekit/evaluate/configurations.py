@@ -10,8 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fusekit.errors import RecipeError, did_you_mean
+from fusekit.evaluate.data_methods import DATA_METHODS, DataMethod
 from fusekit.methods.base import Method, Tensor
 from fusekit.methods.registry import available, find
+
+Contender = Method | DataMethod
+"""What a suite can compare."""
 
 REQUIRED_VALUES: Mapping[str, Any] = {"weight": 1.0, "t": 0.5}
 """What the default configuration gives parameters that have no default: all models alike."""
@@ -60,23 +65,23 @@ class Skipped:
 
 def choose_methods(
     wanted: Sequence[str], models: int, calibrates: bool = False
-) -> tuple[list[Method], list[Skipped]]:
+) -> tuple[list[Contender], list[Skipped]]:
     """The methods to run, and those left out.
 
     Args:
-        wanted: names, of methods or of `METHOD_SETS`; or `all` alone for every method that merges
-            this many models without data.
+        wanted: names, of methods, of `DATA_METHODS` or of `METHOD_SETS`; or `all` alone for every
+            method that merges this many models without data.
         models: how many experts the suite has.
-        calibrates: whether the suite can measure what methods that need data ask for.
+        calibrates: whether the suite has training examples for methods that need data.
 
     Raises:
         RecipeError: there is no method of that name.
     """
     everything = list(wanted) == ["all"]
     names = list(available()) if everything else _spelt_out(wanted)
-    runs: list[Method] = []
+    runs: list[Contender] = []
     skipped: list[Skipped] = []
-    for method in map(find, names):
+    for method in map(_named, names):
         reason = why_not(method, models, calibrates and not everything)
         if reason is None:
             runs.append(method)
@@ -90,8 +95,21 @@ def _spelt_out(wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def why_not(method: Method, models: int, calibrates: bool) -> str | None:
+def _named(name: str) -> Contender:
+    if name in DATA_METHODS:
+        return DATA_METHODS[name]
+    known = (*available(), *DATA_METHODS, *METHOD_SETS)
+    if name not in known:
+        raise RecipeError(f"unknown method {name!r}{did_you_mean(name, known)}")
+    return find(name)
+
+
+def why_not(method: Contender, models: int, calibrates: bool) -> str | None:
     """Why a method cannot merge this many models, or None if it can."""
+    if isinstance(method, DataMethod):
+        if not calibrates:
+            return "needs training examples, which this suite does not have"
+        return None if _has_torch() else "needs the [torch] extra"
     given = {*REQUIRED_VALUES, *(["statistics"] if calibrates else [])}
     unset = [p.name for p in method.parameters if p.required and p.name not in given]
     if unset:
@@ -100,26 +118,30 @@ def why_not(method: Method, models: int, calibrates: bool) -> str | None:
         return f"does not merge {models} models"
     if method.side is not None:
         return "makes one model per task, not one for all"
-    if method.matrix is not None and importlib.util.find_spec("torch") is None:
+    if method.matrix is not None and not _has_torch():
         return "needs the [torch] extra"
     return None
 
 
-def statistic_of(method: Method) -> str | None:
+def _has_torch() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def statistic_of(method: Contender) -> str | None:
     """What has to be measured on every expert for a method: `fisher`, `gram`; None for nothing."""
-    if method.statistic is None:
+    if isinstance(method, DataMethod) or method.statistic is None:
         return None
     any_matrix = Tensor("any.weight", (1, 1), 1, 1, None, 1, False, {}, ({},))
     return method.statistic(any_matrix).rpartition("/")[2]
 
 
-def default_parameters(method: Method) -> dict[str, Any]:
+def default_parameters(method: Contender) -> dict[str, Any]:
     """The method's own defaults: only what has none is set."""
     known = (p.name for p in method.parameters if p.required and p.name in REQUIRED_VALUES)
     return {name: REQUIRED_VALUES[name] for name in known}
 
 
-def candidates(method: Method, budget: int, seed: int) -> list[dict[str, Any]]:
+def candidates(method: Contender, budget: int, seed: int) -> list[dict[str, Any]]:
     """At most `budget` configurations, the default first, the rest drawn without repetition.
 
     Drawn from the grid of `CANDIDATES` over the method's parameters; the draw depends on the seed

@@ -25,7 +25,7 @@ from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.source import TensorSource
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_finite, read_tensor
-from fusekit.evaluate.suite import Settings, only_known
+from fusekit.evaluate.suite import CALIBRATION_EXAMPLES, Calibration, Settings, only_known
 
 TASKS = ("parity", "modulo_3", "modulo_5", "halved", "thirded", "mirrored")
 """What the experts can tell of a digit d: d % 2, d % 3, d % 5, d // 2, d // 3, min(d, 9 - d)."""
@@ -40,9 +40,6 @@ Checkpoint: TypeAlias = str | Path | Mapping[str, Any]
 """A checkpoint folder or file, or its tensors by name (NumPy incl. ml_dtypes, or torch)."""
 
 LAYER_NORM_EPS = 1e-5
-
-CALIBRATION_EXAMPLES = 256
-"""Training images on which experts are measured for methods that need data."""
 
 PROBE_PENALTY = 1e-3
 """Ridge penalty of linear probes, relative to the features' mean square."""
@@ -147,13 +144,14 @@ class DigitsSuite:
                 for task in tasks
             }
 
-    def calibrate(self, checkpoint: Path, task: str, statistic: str, out: Path) -> None:
-        """Measure an expert on training images of its task; an evaluator that `Calibrates`."""
-        from fusekit.evaluate.digits_training import measure_encoder
+    def calibration(self, checkpoint: Path, task: str) -> Calibration:
+        """An encoder under a task's head, and training images; an evaluator that `Calibrates`."""
+        from fusekit.evaluate.digits_training import calibration
 
-        known = self.examples("train")
-        images = known.images[:CALIBRATION_EXAMPLES]
-        measure_encoder(_encoder(checkpoint, self._shapes), images, self.head(task), statistic, out)
+        known, wanted = self.examples("train"), slice(CALIBRATION_EXAMPLES)
+        head = self.head(task)
+        tensors = _encoder(checkpoint, self._shapes)
+        return calibration(tensors, head, known.images[wanted], known.labels[task][wanted])
 
     def _readout(self, encoder: Mapping[str, NDArray[np.float64]], task: str) -> NDArray[Any]:
         """What turns features into scores of classes: the task's head, or a fitted probe."""

@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
-from fusekit.calibrate import measure
 from fusekit.errors import FusekitError
 from fusekit.evaluate import digits
-from fusekit.evaluate.building import once, write_suite
+from fusekit.evaluate.building import MULTITASK, once, write_suite
 from fusekit.evaluate.digits import LAYER_NORM_EPS, PRETRAINING_TASK, TASKS
-from fusekit.evaluate.suite import Settings, only_known
-from fusekit.evaluate.vision import one_thread
+from fusekit.evaluate.pretrained import one_thread
+from fusekit.evaluate.suite import Calibration, Settings, only_known
 
 WIDTH = 64
 LAYERS = 6
@@ -45,8 +44,6 @@ HELD_OUT = {
     "modulo_4": [d % 4 for d in range(10)],
 }
 """Groupings that no model is trained on, scored by linear probes on the features."""
-
-MULTITASK = "multitask"
 
 Splits = Mapping[str, tuple[NDArray[np.uint8], NDArray[np.uint8]]]
 """`split -> (pixels [n, 8, 8] from 0 to 16, digits [n])`."""
@@ -301,14 +298,13 @@ def write_checkpoint(folder: Path, model: DigitsEncoder, plan: Plan, tasks: list
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def measure_encoder(
+def calibration(
     tensors: Mapping[str, NDArray[np.float64]],
-    images: NDArray[np.float64],
     head: NDArray[np.float32],
-    statistic: str,
-    out: Path,
-) -> None:
-    """Measure an encoder under a head on images, for methods that need data."""
+    images: NDArray[np.float64],
+    labels: NDArray[np.uint8],
+) -> Calibration:
+    """An encoder under a head, and images to measure it on."""
     layers = sum(name.endswith("up_proj.weight") for name in tensors)
     width = tensors["embeddings.projection.bias"].size
     model = DigitsEncoder(layers, width)
@@ -317,9 +313,10 @@ def measure_encoder(
     weight = torch.from_numpy(head.copy())
     # A hook, not a module around it: statistics go by the names of the encoder's own modules.
     model.register_forward_hook(lambda _, __, features: features @ weight.T)
-    batches = torch.split(torch.tensor(images, dtype=torch.float32), 64)
-    with one_thread():
-        measure(model, batches, out, statistic=statistic)
+    inputs = torch.split(torch.tensor(images, dtype=torch.float32), 64)
+    classes = torch.split(torch.tensor(labels, dtype=torch.long), 64)
+    pairs = list(zip(inputs, classes, strict=True))
+    return Calibration(model, pairs, "encoder.layers", estimator="exact")
 
 
 def _read_encoder(folder: Path, plan: Plan) -> DigitsEncoder:

@@ -1,7 +1,8 @@
 """Scoring causal language models by their perplexity on windows of tokens, domain by domain.
 
 The windows lie in a safetensors file as `<split>.<task>`, integers `[windows, length]`, tokenized
-once when the suite is built: any checkpoint of the same vocabulary can be scored on them.
+once when the suite is built: any checkpoint of the same vocabulary can be scored on them. The split
+`train` is of the text that experts were trained on, to measure them on.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
 from fusekit.evaluate.settings import only_file
-from fusekit.evaluate.suite import Settings
+from fusekit.evaluate.suite import Calibration, Settings
 
 BATCH = 32
 """Windows in one forward pass."""
+
+CALIBRATION_BATCH = 8
+"""Windows in one forward pass that keeps what its gradient needs."""
 
 
 class PerplexityEvaluator:
@@ -55,15 +59,31 @@ class PerplexityEvaluator:
         self, checkpoint: Path, split: str, tasks: Sequence[str]
     ) -> Mapping[str, NDArray[np.float64]]:
         wanted = {task: self._of(split, task) for task in tasks}
+        model = self._model(checkpoint, max(int(windows.max()) for windows in wanted.values()))
+        return {task: _finite(scores(model, own), checkpoint) for task, own in wanted.items()}
+
+    def calibration(self, checkpoint: Path, task: str) -> Calibration:
+        """A language model, and windows it was trained on; an evaluator that `Calibrates`."""
+        import torch
+
+        windows = self._of("train", task)
+        model = self._model(checkpoint, int(windows.max()))
+        batches = [
+            {"input_ids": torch.from_numpy(windows[start : start + CALIBRATION_BATCH])}
+            for start in range(0, len(windows), CALIBRATION_BATCH)
+        ]
+        return Calibration(model, batches, "model.layers")
+
+    def _model(self, checkpoint: Path, largest: int) -> Any:
+        """The language model, which must know all tokens up to the largest."""
         model = load_pretrained("AutoModelForCausalLM", checkpoint)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        largest = max(int(windows.max()) for windows in wanted.values())
         if largest >= vocabulary:
             raise CheckpointError(
                 f"{checkpoint}: a vocabulary of {vocabulary} tokens, but {self._path} holds token "
                 f"{largest}; score models on windows of their own tokenizer"
             )
-        return {task: _finite(scores(model, own), checkpoint) for task, own in wanted.items()}
+        return model
 
     def _of(self, split: str, task: str) -> NDArray[np.int64]:
         name = f"{split}.{task}"

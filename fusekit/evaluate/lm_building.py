@@ -2,7 +2,8 @@
 
 Four domains get an expert: plays, names, worked solutions of arithmetic problems, and programs. A
 fifth, prose (the problems and the programs' descriptions), is in the base's mix only and tells what
-a merge forgot.
+a merge forgot. A model fine-tuned on all four domains, for as many steps as the experts together,
+shows what merging is to be compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusekit.errors import FusekitError
-from fusekit.evaluate.building import once, write_suite
+from fusekit.evaluate.building import MULTITASK, once, write_suite
 from fusekit.evaluate.lm import scores
 from fusekit.evaluate.pretrained import (
     load_pretrained,
@@ -28,7 +29,7 @@ from fusekit.evaluate.pretrained import (
     require_transformers,
 )
 from fusekit.evaluate.settings import whole_numbers
-from fusekit.evaluate.suite import Settings
+from fusekit.evaluate.suite import CALIBRATION_EXAMPLES, Settings
 
 DOMAINS = ("plays", "names", "solutions", "programs")
 """What experts are trained on."""
@@ -101,8 +102,10 @@ def build(
     def train(name: str, domains: Sequence[str], start: Path | None) -> None:
         def make(folder: Path) -> None:
             model = _fresh(size, seed) if start is None else load_pretrained(_KIND, start)
-            steps = size["pretraining_steps" if start is None else "fine_tuning_steps"]
             rate = PRETRAINING_RATE if start is None else FINE_TUNING_RATE
+            steps = size["pretraining_steps"]
+            if start is not None:
+                steps = size["fine_tuning_steps"] * len(domains)
             with one_thread(), quiet():
                 fit(model, [corpus.train[domain] for domain in domains], steps, rate, seed)
                 model.save_pretrained(folder)
@@ -115,6 +118,7 @@ def build(
     train("base", (*DOMAINS, HELD_BACK), None)
     for domain in DOMAINS:
         train(domain, [domain], out / "base")
+    train(MULTITASK, DOMAINS, out / "base")
     _write_windows(out / "windows.safetensors", corpus)
     write_suite(
         out,
@@ -123,6 +127,7 @@ def build(
             "evaluator": "lm",
             "base": "base",
             "experts": {domain: domain for domain in DOMAINS},
+            "references": {MULTITASK: MULTITASK},
             "forgetting": [HELD_BACK],
             "average": "geometric",
             "settings": {"windows": "windows.safetensors"},
@@ -264,18 +269,23 @@ def tokenize(documents: Mapping[str, Mapping[str, Sequence[str]]], tokenizer: Pa
 
     def windows(domain: str, own: Sequence[str]) -> Tokens:
         tokens = stream(own)
-        count = min(len(tokens) // WINDOW, MOST_WINDOWS)
-        if not count:
+        if len(tokens) < WINDOW:
             raise FusekitError(
                 f"{domain}: {len(tokens)} tokens to evaluate on, expected at least {WINDOW}"
             )
-        return tokens[: count * WINDOW].reshape(count, WINDOW)
+        return _windows(tokens, MOST_WINDOWS)
 
     return Corpus(
         {domain: stream(own) for domain, own in documents["train"].items()},
         {domain: windows(domain, own) for domain, own in documents["validation"].items()},
         {domain: windows(domain, own) for domain, own in documents["test"].items()},
     )
+
+
+def _windows(stream: Tokens, most: int) -> Tokens:
+    """The first windows of a stream, without overlap: `[windows, WINDOW]`."""
+    count = min(len(stream) // WINDOW, most)
+    return stream[: count * WINDOW].reshape(count, WINDOW)
 
 
 def _fresh(size: Mapping[str, int], seed: int) -> Any:
@@ -348,9 +358,13 @@ def _perplexities(model: Any, windows: Mapping[str, Tokens]) -> str:
 def _write_windows(path: Path, corpus: Corpus) -> None:
     from safetensors.numpy import save
 
+    train = {
+        domain: _windows(stream, CALIBRATION_EXAMPLES) for domain, stream in corpus.train.items()
+    }
+    splits = {"train": train, "validation": corpus.validation, "test": corpus.test}
     tensors = {
         f"{split}.{domain}": windows.astype(np.int32)
-        for split, own in (("validation", corpus.validation), ("test", corpus.test))
+        for split, own in splits.items()
         for domain, windows in own.items()
     }
     path.write_bytes(save(tensors))

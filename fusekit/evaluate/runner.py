@@ -12,13 +12,12 @@ from typing import Any
 from fusekit.errors import FusekitError
 from fusekit.evaluate.bootstrap import Resamples, interval, resample
 from fusekit.evaluate.cells import Cells, Outcomes, Tried, grouped, relative_means, write_whole
-from fusekit.evaluate.configurations import candidates, choose_methods
+from fusekit.evaluate.configurations import Contender, candidates, choose_methods
 from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.result import Reference, Row, SuiteResult
 from fusekit.evaluate.scores import relative_score
 from fusekit.evaluate.suite import Calibrates, Suite
 from fusekit.evaluate.table import markdown
-from fusekit.methods.base import Method
 
 
 def run_suite(
@@ -112,7 +111,7 @@ class _Configuration:
 
 
 def _run_methods(
-    cells: Cells, methods: Sequence[Method], budget: int
+    cells: Cells, methods: Sequence[Contender], budget: int
 ) -> tuple[list[_Configuration], dict[str, str]]:
     """Default and tuned configurations in the order of the methods; failures by method."""
     found: list[_Configuration] = []
@@ -125,21 +124,24 @@ def _run_methods(
                 found.append(_tuned(cells, method, tries))
         except FusekitError as error:
             failed[method.name] = str(error)
+        cells.forget_prepared()
     return found, failed
 
 
-def _tuned(cells: Cells, method: Method, tries: Sequence[dict[str, Any]]) -> _Configuration:
+def _tuned(cells: Cells, method: Contender, tries: Sequence[dict[str, Any]]) -> _Configuration:
     accepted: list[tuple[dict[str, Any], Tried]] = [
         (each, result) for each in tries if (result := cells.tried(method, each)) is not None
     ]
     best = max(accepted, key=lambda tried: tried[1].normalised)[0]
+    others = (each for each, _ in accepted if each != best)
     seconds = sum(result.cpu_seconds for _, result in accepted)
+    seconds += sum(cells.preparing_seconds(method, each) for each in others)
     return _reported(cells, method, "tuned", best, len(accepted), seconds)
 
 
 def _reported(
     cells: Cells,
-    method: Method,
+    method: Contender,
     variant: str,
     parameters: Mapping[str, Any],
     tried: int = 1,
@@ -154,7 +156,7 @@ def _reported(
         found.outcomes,
         found.cpu_seconds,
         found.peak_bytes,
-        cells.measuring_seconds(method),
+        cells.measuring_seconds(method) + cells.preparing_seconds(method, parameters),
         tried,
         tuning_seconds,
     )

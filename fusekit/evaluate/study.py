@@ -18,6 +18,7 @@ import numpy as np
 
 from fusekit import __version__
 from fusekit.errors import FusekitError
+from fusekit.evaluate.building import MULTITASK
 from fusekit.evaluate.cells import write_whole
 from fusekit.evaluate.measured_merge import Workers
 from fusekit.evaluate.result import Reference
@@ -25,9 +26,6 @@ from fusekit.evaluate.runner import run_suite
 from fusekit.evaluate.suite import Suite
 
 SCHEMA = "fusekit-study/1"
-
-MULTITASK = "multitask"
-"""Name under which a suite's references have the model trained on all tasks at once."""
 
 
 @dataclass(frozen=True)

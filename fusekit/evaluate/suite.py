@@ -29,6 +29,9 @@ EVALUATORS = {
 Modules are loaded on use, so that a suite costs nothing to those who run another.
 """
 
+CALIBRATION_EXAMPLES = 256
+"""Training examples of a task that are at hand for methods that need data."""
+
 Settings = Mapping[str, Any]
 """What stands below `settings:` in a suite's YAML, or after `--set` when one is built."""
 
@@ -54,18 +57,36 @@ class Evaluator(Protocol):
         """
 
 
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A checkpoint as a torch module, and training examples to run it on.
+
+    Attributes:
+        module: gives logits of the task when called on a batch; its parameters and submodules have
+            the names of the checkpoint's tensors.
+        batches: as `fusekit.calibrate.measure` takes them, with labels; next tokens need none.
+        blocks: the name of the module's list of blocks.
+        estimator: of Fisher information, as `fusekit.calibrate.measure` knows them.
+    """
+
+    module: Any
+    batches: Sequence[Any]
+    blocks: str
+    estimator: Any = "sampled"
+
+
 @runtime_checkable
 class Calibrates(Protocol):
-    """An evaluator that can also measure experts, for methods that need statistics of data."""
+    """An evaluator that can also run experts on training examples, for methods that need data."""
 
-    def calibrate(self, checkpoint: Path, task: str, statistic: str, out: Path) -> None:
-        """Measure the expert of a task on training examples, never on those it is scored on.
+    def calibration(self, checkpoint: Path, task: str) -> Calibration:
+        """A checkpoint (an expert, or the base) and at most `CALIBRATION_EXAMPLES` of a task.
 
-        Args:
-            checkpoint: the expert.
-            task: its name in the suite.
-            statistic: as `fusekit.calibrate.measure` knows them: `fisher`, `gram`, ...
-            out: the file to write.
+        The examples are among those the task's expert was trained on, never of the splits that are
+        scored.
+
+        Raises:
+            FusekitError: a checkpoint that cannot be loaded, or no training examples of the task.
         """
 
 

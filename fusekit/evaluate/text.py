@@ -4,6 +4,7 @@ What is merged is the encoder; heads belong to the suite. A file of the suite ho
 `<split>.<task>.tokens` `[examples, length]` (-1: padding) and `<split>.<task>.labels` `[examples]`,
 and `heads.<task>.weight` `[classes, width]`, `heads.<task>.bias` `[classes]`. A task without labels
 is one of matching: its tokens are first halves, then as many second halves of the same sentences.
+The split `train` holds some of the examples that experts were trained on, to measure them on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
 from fusekit.evaluate.settings import only_file
-from fusekit.evaluate.suite import Settings
+from fusekit.evaluate.suite import Calibration, Settings
 
 BATCH = 32
 """Sentences in one forward pass."""
@@ -84,6 +85,25 @@ class SentenceEvaluator:
                 found[task] = classify(encoded, self.head(task)) == own.labels
         return found
 
+    def calibration(self, checkpoint: Path, task: str) -> Calibration:
+        """An encoder under a task's head, and training examples; an evaluator that `Calibrates`."""
+        import torch
+
+        known, head = self.examples("train", task), self.head(task)
+        model = load_pretrained("AutoModel", checkpoint)
+        # A hook, not a module around it: statistics go by the names of the encoder's own modules.
+        model.register_forward_hook(
+            lambda _, __, given, output: logits(output, given["attention_mask"], head),
+            with_kwargs=True,
+        )
+        labels = torch.from_numpy(np.asarray(known.labels))
+        order = np.argsort((known.tokens != PADDING).sum(axis=1), kind="stable")
+        batches = [
+            {**encoder_inputs(known.tokens[chosen]), "labels": labels[chosen]}
+            for chosen in np.split(order, range(BATCH, len(order), BATCH))
+        ]
+        return Calibration(model, batches, "encoder.layer")
+
     def examples(self, split: str, task: str) -> Examples:
         """The examples of a task.
 
@@ -135,15 +155,34 @@ def features(model: Any, tokens: NDArray[np.int64]) -> NDArray[np.float32]:
 
 def encode(model: Any, tokens: NDArray[np.int64]) -> Any:
     """Mean of the last hidden states over a sentence's tokens, scaled to unit length."""
+    given = encoder_inputs(tokens)
+    return pooled(model(**given).last_hidden_state, given["attention_mask"])
+
+
+def encoder_inputs(tokens: NDArray[np.int64]) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` of sentences, cut to the longest of them."""
     import torch
 
     longest = int((tokens != PADDING).sum(axis=1).max())
     given = torch.from_numpy(tokens[:, :longest])
-    mask = (given != PADDING).long()
-    hidden = model(input_ids=given.clamp(min=0), attention_mask=mask).last_hidden_state
+    return {"input_ids": given.clamp(min=0), "attention_mask": (given != PADDING).long()}
+
+
+def pooled(hidden: Any, mask: Any) -> Any:
+    """Mean of hidden states `[n, tokens, width]` where the mask is 1, scaled to unit length."""
+    import torch
+
     weights = mask.unsqueeze(-1).to(hidden.dtype)
     means = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
     return torch.nn.functional.normalize(means, dim=1)
+
+
+def logits(output: Any, mask: Any, head: Head) -> Any:
+    """What a head makes of an encoder's output."""
+    import torch
+
+    weight, bias = torch.from_numpy(head.weight), torch.from_numpy(head.bias)
+    return pooled(output.last_hidden_state, mask) @ weight.T + bias
 
 
 def classify(encoded: NDArray[np.float32], head: Head) -> NDArray[np.int64]:

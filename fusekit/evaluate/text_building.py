@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fusekit.errors import FusekitError, MissingExtraError
-from fusekit.evaluate.building import once, write_suite
+from fusekit.evaluate.building import MULTITASK, once, write_suite
 from fusekit.evaluate.pretrained import (
     load_pretrained,
     one_thread,
@@ -26,7 +26,7 @@ from fusekit.evaluate.pretrained import (
     require_transformers,
 )
 from fusekit.evaluate.settings import whole_numbers
-from fusekit.evaluate.suite import Settings
+from fusekit.evaluate.suite import CALIBRATION_EXAMPLES, Settings
 from fusekit.evaluate.text import PADDING, Examples, Head, classify, encode, features
 
 FILES: Mapping[str, tuple[str, ...]] = {
@@ -89,7 +89,8 @@ def build(
 ) -> None:
     """The `Builder` of the suite: `suite.yml` with full experts, `lora/suite.yml` with LoRAs.
 
-    The LoRA experts are folded into the base; their adapters are kept in `lora/adapters`.
+    The LoRA experts are folded into the base; their adapters are kept in `lora/adapters`. Both
+    suites are compared with one model that was fully trained on the examples of all tasks.
 
     Raises:
         MissingExtraError: torch, transformers or peft is absent.
@@ -106,22 +107,32 @@ def build(
     tasks = _tokenized(sentences, base / "tokenizer.json", size["tokens"])
     heads = _fit_heads(base, tasks)
 
-    def report(name: str, model: Any, task: str) -> None:
-        held = tasks[task].splits["validation"]
-        right = classify(features(model, held.tokens), heads[task]) == held.labels
-        on_progress(f"{name}: {100 * right.mean():.1f} % on validation")
+    def report(name: str, model: Any, *scored: str) -> None:
+        right = []
+        for task in scored:
+            held = tasks[task].splits["validation"]
+            right.append(classify(features(model, held.tokens), heads[task]) == held.labels)
+        on_progress(f"{name}: {100 * np.mean(right):.1f} % on validation")
+
+    def multitask(folder: Path) -> None:
+        model = load_pretrained("AutoModel", base)
+        everything = [(tasks[task].splits["train"], head) for task, head in heads.items()]
+        fit(model, everything, size["epochs"], RATE, seed)
+        _save(model, base, folder)
+        report(MULTITASK, model, *heads)
 
     for task, head in heads.items():
 
         def fully(folder: Path, task: str = task, head: Head = head) -> None:
             model = load_pretrained("AutoModel", base)
-            fit(model, tasks[task].splits["train"], head, size["epochs"], RATE, seed)
+            fit(model, [(tasks[task].splits["train"], head)], size["epochs"], RATE, seed)
             _save(model, base, folder)
             report(f"{task}, full", model, task)
 
         def adapter(folder: Path, task: str = task, head: Head = head) -> None:
             model = _with_lora(load_pretrained("AutoModel", base), size["rank"], seed)
-            fit(model, tasks[task].splits["train"], head, size["lora_epochs"], LORA_RATE, seed)
+            own = [(tasks[task].splits["train"], head)]
+            fit(model, own, size["lora_epochs"], LORA_RATE, seed)
             with quiet():
                 model.save_pretrained(folder)
             report(f"{task}, LoRA", model, task)
@@ -132,6 +143,7 @@ def build(
         once(out / task, about, fully)
         once(out / "lora" / "adapters" / task, about, adapter)
         once(out / "lora" / task, about, folded)
+    once(out / MULTITASK, about, multitask)
     _write_data(out / "data.safetensors", tasks, heads)
     content = {
         "evaluator": "text",
@@ -144,11 +156,19 @@ def build(
             "name": "text-lora",
             "base": "../base",
             **content,
+            "references": {MULTITASK: f"../{MULTITASK}"},
             "settings": {"data": "../data.safetensors"},
         },
     )
     write_suite(
-        out, {"name": "text", "base": "base", **content, "settings": {"data": "data.safetensors"}}
+        out,
+        {
+            "name": "text",
+            "base": "base",
+            **content,
+            "references": {MULTITASK: MULTITASK},
+            "settings": {"data": "data.safetensors"},
+        },
     )
 
 
@@ -324,34 +344,55 @@ def _with_lora(model: Any, rank: int, seed: int) -> Any:
         return get_peft_model(model, config)
 
 
-def fit(model: Any, examples: Examples, head: Head, epochs: int, rate: float, seed: int) -> None:
-    """Train what requires gradients in place, through a frozen head: AdamW, rate falling to zero.
+def fit(
+    model: Any,
+    tasks: Sequence[tuple[Examples, Head]],
+    epochs: int,
+    rate: float,
+    seed: int,
+) -> None:
+    """Train what requires gradients in place, through frozen heads: AdamW, rate falling to zero.
 
-    Dropout stays off: the models are small and see their examples a few times only.
+    Every batch is of one task; those of several tasks come in random order. Dropout stays off: the
+    models are small and see their examples a few times only.
     """
     import torch
 
-    weight, bias = torch.from_numpy(head.weight), torch.from_numpy(head.bias)
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(moving, lr=rate)
-    labels = torch.from_numpy(np.asarray(examples.labels))
     generator = np.random.default_rng(seed)
     batches = [
-        chosen
-        for _ in range(epochs)
-        for chosen in np.array_split(
-            generator.permutation(len(labels)), max(1, round(len(labels) / BATCH))
-        )
+        batch for _ in range(epochs) for batch in _epoch([own for own, _ in tasks], generator)
     ]
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, total_iters=len(batches))
     with one_thread():
-        for chosen in batches:
+        for task, chosen in batches:
+            examples, head = tasks[task]
+            labels = torch.from_numpy(np.asarray(examples.labels)[chosen])
+            weight, bias = torch.from_numpy(head.weight), torch.from_numpy(head.bias)
             logits = encode(model, examples.tokens[chosen]) @ weight.T + bias
-            loss = torch.nn.functional.cross_entropy(logits, labels[chosen])
+            loss = torch.nn.functional.cross_entropy(logits, labels)
             optimiser.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             schedule.step()
+
+
+def _epoch(
+    tasks: Sequence[Examples], generator: np.random.Generator
+) -> list[tuple[int, NDArray[np.int64]]]:
+    """Every example of every task once: (task, examples) of each batch."""
+    batches = [
+        (task, chosen)
+        for task, examples in enumerate(tasks)
+        for chosen in np.array_split(
+            generator.permutation(len(examples.tokens)),
+            max(1, round(len(examples.tokens) / BATCH)),
+        )
+    ]
+    if len(tasks) == 1:
+        return batches
+    return [batches[i] for i in generator.permutation(len(batches))]
 
 
 def _fold(base: Path, adapter: Path, folder: Path) -> None:
@@ -371,11 +412,11 @@ def _write_data(path: Path, tasks: Mapping[str, Task], heads: Mapping[str, Head]
 
     tensors: dict[str, NDArray[Any]] = {}
     for task, own in tasks.items():
-        for split in ("validation", "test"):
-            examples = own.splits[split]
-            tensors[f"{split}.{task}.tokens"] = examples.tokens.astype(np.int32)
+        for split, examples in own.splits.items():
+            chosen = slice(CALIBRATION_EXAMPLES if split == "train" else None)
+            tensors[f"{split}.{task}.tokens"] = examples.tokens[chosen].astype(np.int32)
             if examples.labels is not None:
-                tensors[f"{split}.{task}.labels"] = examples.labels.astype(np.int32)
+                tensors[f"{split}.{task}.labels"] = examples.labels[chosen].astype(np.int32)
     for task, head in heads.items():
         tensors[f"heads.{task}.weight"] = head.weight
         tensors[f"heads.{task}.bias"] = head.bias

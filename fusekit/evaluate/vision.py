@@ -6,10 +6,9 @@ and reads the class token of whatever backbone is scored. `fusekit suite build v
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.errors import CheckpointError, FusekitError, MissingExtraError, did_you_mean
 from fusekit.evaluate.checkpoints import load_into, read_finite
-from fusekit.evaluate.suite import Settings, only_known
+from fusekit.evaluate.pretrained import one_thread
+from fusekit.evaluate.suite import CALIBRATION_EXAMPLES, Calibration, Settings, only_known
 from fusekit.evaluate.vision_data import PHOTO_CLASSES, PHOTO_SIZE, ImageFile, Images
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 PRETRAINING_TASK = "objects"
 """What the base was trained on: ten numerals and ten kinds of photographs, twenty classes."""
 
-LIMITS = {"train": 256, "validation": 250, "test": 600}
+LIMITS = {"train": CALIBRATION_EXAMPLES, "validation": 250, "test": 600}
 """Examples per task that are measured (train) and scored, fewer where there are not so many."""
 
 BATCH = 250
@@ -40,10 +40,14 @@ _IS_ANIMAL = np.array([name in ANIMALS for name in PHOTO_CLASSES])
 
 @dataclass(frozen=True)
 class Task:
-    """How a task's examples are made of stored images, and how many classes it has."""
+    """How a task's examples are made of stored images, and how many classes it has.
+
+    Images of classes from `mirrored` on are still of their class when left and right are swapped.
+    """
 
     classes: int
     make: Callable[[ImageFile, str], Images]
+    mirrored: int | None = None
 
 
 def examples(file: ImageFile, task: str, split: str) -> Images:
@@ -93,21 +97,8 @@ def features_of(output: Any) -> torch.Tensor:
     return hidden[:, 0]
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch on one thread: for models this small more only wait, and sums stay the same."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 class VisionEvaluator:
-    """Scores a backbone under the suite's heads; an `Evaluator` that can also calibrate.
+    """Scores a backbone under the suite's heads; an `Evaluator` that `Calibrates`.
 
     Args:
         images: the file of images.
@@ -128,37 +119,32 @@ class VisionEvaluator:
     ) -> Mapping[str, NDArray[np.bool_]]:
         """Whether each example is classified correctly."""
         for task in tasks:
-            if task not in self._heads:
-                raise FusekitError(
-                    f"there is no head for task {task!r}{did_you_mean(task, self._heads)}"
-                )
+            self._head(task)
         model = backbone(checkpoint)
         with one_thread():
             return {task: self._hits(model, task, split) for task in tasks}
 
-    def calibrate(self, checkpoint: Path, task: str, statistic: str, out: Path) -> None:
-        """Measure an expert on training examples of its task."""
+    def calibration(self, checkpoint: Path, task: str) -> Calibration:
+        """A backbone under a task's head, and training examples of it."""
         import torch
 
-        from fusekit.calibrate import measure
-
         known = self._examples(task, "train")
-        weight, bias = map(torch.from_numpy, self._heads[task])
+        weight, bias = map(torch.from_numpy, self._head(task))
         model = backbone(checkpoint)
         # A hook, not a module around it: statistics go by the names of the backbone's own modules.
         model.register_forward_hook(lambda _, __, out: features_of(out) @ weight.T + bias)
+        labels = torch.from_numpy(known.labels.astype(np.int64))
         batches = [
-            (as_tensor(known.pixels[at : at + 32]), torch.from_numpy(known.labels[at : at + 32]))
+            (as_tensor(known.pixels[at : at + 32]), labels[at : at + 32])
             for at in range(0, len(known.pixels), 32)
         ]
-        with one_thread():
-            measure(model, batches, out, statistic=statistic, estimator="sampled")
+        return Calibration(model, batches, "layers")
 
     def _hits(self, model: Any, task: str, split: str) -> NDArray[np.bool_]:
         import torch
 
         known = self._examples(task, split)
-        weight, bias = map(torch.from_numpy, self._heads[task])
+        weight, bias = map(torch.from_numpy, self._head(task))
         guesses = []
         with torch.inference_mode():
             for at in range(0, len(known.pixels), BATCH):
@@ -166,6 +152,13 @@ class VisionEvaluator:
                 logits = features_of(output) @ weight.T + bias
                 guesses.append(logits.argmax(dim=1).numpy())
         return np.asarray(np.concatenate(guesses) == known.labels)
+
+    def _head(self, task: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        if task not in self._heads:
+            raise FusekitError(
+                f"there is no head for task {task!r}{did_you_mean(task, self._heads)}"
+            )
+        return self._heads[task]
 
     def _examples(self, task: str, split: str) -> Images:
         if (task, split) not in self._known:
@@ -285,10 +278,10 @@ TASKS: Mapping[str, Task] = {
     "numerals_turned": Task(4, lambda file, split: _turned(_numerals(file, split))),
     "numeral_pairs": Task(2, _pairs),
     "digits": Task(10, _small_digits),
-    "animals": Task(6, _kinds(animals=True)),
-    "vehicles": Task(4, _kinds(animals=False)),
-    "living": Task(2, _living),
+    "animals": Task(6, _kinds(animals=True), mirrored=0),
+    "vehicles": Task(4, _kinds(animals=False), mirrored=0),
+    "living": Task(2, _living, mirrored=0),
     "photos_turned": Task(4, lambda file, split: _turned(_photos(file, split))),
-    PRETRAINING_TASK: Task(20, _objects),
+    PRETRAINING_TASK: Task(20, _objects, mirrored=10),
 }
 """The experts' tasks, and last the base's."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -103,6 +104,46 @@ def test_methods_that_need_data_are_given_statistics(
     assert regmean.normalised > rows["linear", "default"].normalised
     assert regmean.total_seconds > regmean.measuring_seconds > 0
     assert len(list((tmp_path / "statistics").glob("*-gram-*.safetensors"))) == len(digits.TASKS)
+
+
+def test_what_is_prepared_on_data_counts_as_data_and_is_not_kept(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(digits, "CALIBRATION_EXAMPLES", 64)
+    methods = ["linear", "regmean_plus_plus", "localize_and_stitch_learned"]
+    result = run_suite(load_suite(built), methods, tmp_path, budget=2, resamples=50)
+    assert result.failed == {}
+    rows = {(row.method, row.variant): row for row in result.rows}
+    assert [name for name, _ in rows] == ["linear", *(m for m in methods[1:] for _ in range(2))]
+    for method in methods[1:]:
+        default, tuned = rows[method, "default"], rows[method, "tuned"]
+        assert default.measuring_seconds > 0
+        assert (default.tuning_seconds, tuned.tried) == (0, 2)
+        assert tuned.tuning_seconds > 0 and tuned.measuring_seconds > 0
+    assert not (tmp_path / "prepared").exists()
+    computed: list[str] = []
+    again = run_suite(
+        load_suite(built), methods, tmp_path, budget=2, resamples=50, on_progress=computed.append
+    )
+    assert (again, computed) == (result, [])
+
+
+def test_experts_that_are_all_one_survive_what_is_prepared_on_data(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RegMean++ of equal models is that model; learned masks keep nearly all of its skill."""
+    monkeypatch.setattr(digits, "CALIBRATION_EXAMPLES", 64)
+    suite = load_suite(built)
+    one = dataclasses.replace(suite, experts={"parity": suite.experts["parity"]})
+    result = run_suite(
+        one,
+        ["regmean_plus_plus", "localize_and_stitch_learned"],
+        tmp_path,
+        budget=1,
+        resamples=20,
+    )
+    assert result.rows[0].normalised == pytest.approx(1.0)
+    assert result.rows[1].normalised > 0.9
 
 
 def test_unusable_settings_are_refused(tmp_path: Path) -> None:

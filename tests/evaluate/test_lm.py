@@ -83,9 +83,10 @@ def test_a_built_suite_holds_models_tokenizers_and_windows(built: Path) -> None:
 
     windows = load_file(built / "windows.safetensors")
     domains = (*lm_building.DOMAINS, lm_building.HELD_BACK)
-    assert set(windows) == {f"{split}.{d}" for split in ("validation", "test") for d in domains}
+    splits = ("train", "validation", "test")
+    assert set(windows) == {f"{split}.{domain}" for split in splits for domain in domains}
     assert all(each.shape[1] == lm_building.WINDOW for each in windows.values())
-    for name in ("base", *lm_building.DOMAINS):
+    for name in ("base", *lm_building.DOMAINS, "multitask"):
         model = AutoModelForCausalLM.from_pretrained(built / name)
         tokenizer = AutoTokenizer.from_pretrained(built / name)
         assert model.config.hidden_size == 32
@@ -114,6 +115,34 @@ def test_a_built_suite_runs_and_gives_the_same_table_again(built: Path, tmp_path
     )
 
 
+def test_methods_that_need_data_run_on_training_windows(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusekit.evaluate.runner import run_suite
+    from fusekit.evaluate.suite import load_suite
+
+    suite = load_suite(built / "suite.yml")
+    monkeypatch.setitem(suite.evaluator._windows, "train.plays", WINDOWS[:4])  # type: ignore[attr-defined]
+    methods = ["fisher", "regmean", "regmean_plus_plus", "localize_and_stitch_learned"]
+    result = run_suite(suite, methods, tmp_path, budget=1, resamples=20)
+    assert result.failed == {}
+    assert [row.method for row in result.rows] == methods
+    assert all(row.measuring_seconds > 0 for row in result.rows)
+    assert set(result.references) == {"base", "multitask"}
+
+
+def test_windows_to_measure_on_are_of_the_training_split(data: Path, built: Path) -> None:
+    from tokenizers import Tokenizer
+
+    windows = load_file(built / "windows.safetensors")["train.solutions"]
+    tokenizer = Tokenizer.from_file(str(built / "tokenizer" / "tokenizer.json"))
+    documents = lm_building.split_documents(lm_building.read_documents(data), seed=0)
+    text = "".join(tokenizer.decode_batch(windows.tolist()))
+    first = documents["train"]["solutions"][0]
+    assert text.startswith(first)
+    assert not any(held in text for held in documents["test"]["solutions"])
+
+
 def test_documents_of_the_test_split_are_not_trained_on(data: Path) -> None:
     splits = lm_building.split_documents(lm_building.read_documents(data), seed=3)
     for domain in (*lm_building.DOMAINS, lm_building.HELD_BACK):
@@ -125,8 +154,8 @@ def test_documents_of_the_test_split_are_not_trained_on(data: Path) -> None:
 def test_the_same_seed_trains_the_same_models(data: Path, built: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     lm_building.build(tmp_path, data=data, seed=0, settings=SMALL, on_progress=lines.append)
-    assert len(lines) == 5
-    for name in ("base", "plays", "programs"):
+    assert len(lines) == 6
+    for name in ("base", "plays", "programs", "multitask"):
         again = load_file(tmp_path / name / "model.safetensors")
         for tensor, values in load_file(built / name / "model.safetensors").items():
             np.testing.assert_array_equal(values, again[tensor])

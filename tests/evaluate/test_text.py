@@ -112,7 +112,7 @@ def test_training_moves_the_encoder_to_where_the_head_is_right(encoder: Path) ->
 
     head = text_building.fit_head(text.features(model, examples.tokens), examples.labels, 3)
     before = accuracy()
-    text_building.fit(model, examples, head, epochs=30, rate=1e-3, seed=0)
+    text_building.fit(model, [(examples, head)], epochs=30, rate=1e-3, seed=0)
     assert accuracy() > before + 0.05
 
 
@@ -135,6 +135,63 @@ def test_full_and_lora_experts_merge(built: Path, folder: str, tmp_path: Path) -
     result = run_suite(suite, ["task_arithmetic"], tmp_path, budget=1, resamples=20)
     assert result.failed == {}
     assert set(result.rows[0].scores) == {*text_building.FILES, text_building.HALVES}
+
+
+def test_methods_that_need_data_run_on_training_examples(built: Path, tmp_path: Path) -> None:
+    from fusekit.evaluate.runner import run_suite
+    from fusekit.evaluate.suite import load_suite
+
+    suite = load_suite(built / "suite.yml")
+    methods = ["fisher", "regmean", "regmean_plus_plus", "localize_and_stitch_learned"]
+    result = run_suite(suite, methods, tmp_path, budget=1, resamples=20)
+    assert result.failed == {}
+    assert [row.method for row in result.rows] == methods
+    assert all(row.measuring_seconds > 0 for row in result.rows)
+
+
+def test_calibration_gives_logits_of_the_head_on_examples_that_were_trained_on(
+    built: Path, data: Path
+) -> None:
+    evaluator = text.evaluator({"data": "data.safetensors"}, built)
+    known = evaluator.calibration(built / "sst2", "sst2")
+    sentences = text_building.read_sentences(data, 0, SIZE)["sst2"]
+    assert sum(len(batch["labels"]) for batch in known.batches) == len(sentences["train"])
+    trained = evaluator.examples("train", "sst2").tokens
+    for split in ("validation", "test"):
+        assert not {*map(tuple, trained)} & {*map(tuple, evaluator.examples(split, "sst2").tokens)}
+    batch = {key: value for key, value in known.batches[0].items() if key != "labels"}
+    with torch.no_grad():
+        found = known.module(**batch).argmax(dim=1)
+    tokens = np.where(batch["attention_mask"] > 0, batch["input_ids"], PADDING)
+    encoded = text.features(model_of(built / "sst2"), tokens)
+    np.testing.assert_array_equal(found, classify(encoded, evaluator.head("sst2")))
+
+
+def test_a_model_trained_on_all_tasks_is_a_reference_of_both_suites(built: Path) -> None:
+    from fusekit.evaluate.suite import load_suite
+
+    for folder in (built, built / "lora"):
+        references = load_suite(folder / "suite.yml").references
+        assert {name: path.resolve() for name, path in references.items()} == {
+            "multitask": (built / "multitask").resolve()
+        }
+    base, trained = (
+        load_file(built / name / "model.safetensors") for name in ("base", "multitask")
+    )
+    assert not all(np.array_equal(base[name], trained[name]) for name in base)
+
+
+def test_training_on_several_tasks_sees_every_example_of_each_once_an_epoch() -> None:
+    tasks = [
+        text.Examples(np.zeros((count, 4), np.int64), np.zeros(count, np.int64))
+        for count in (70, 33)
+    ]
+    batches = text_building._epoch(tasks, np.random.default_rng(0))
+    for number, examples in enumerate(tasks):
+        seen = np.concatenate([chosen for task, chosen in batches if task == number])
+        assert sorted(seen.tolist()) == list(range(len(examples.tokens)))
+    order = [task for task, _ in batches]
+    assert order != sorted(order) or len(order) < 3
 
 
 def test_folded_adapters_are_what_peft_merges(built: Path) -> None:

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from fusekit.checkpoint.statistics import Statistics  # noqa: E402
 from fusekit.errors import FusekitError  # noqa: E402
-from fusekit.evaluate import vision  # noqa: E402
+from fusekit.evaluate import vision, vision_training  # noqa: E402
 from fusekit.evaluate.building import build_suite  # noqa: E402
 from fusekit.evaluate.runner import run_suite  # noqa: E402
 from fusekit.evaluate.suite import load_suite  # noqa: E402
@@ -35,6 +35,7 @@ from fusekit.evaluate.vision import (  # noqa: E402
 from fusekit.evaluate.vision_data import (  # noqa: E402
     PHOTO_CLASSES,
     ImageFile,
+    Images,
     read_idx,
     read_photos,
 )
@@ -42,6 +43,7 @@ from fusekit.evaluate.vision_data import (  # noqa: E402
 pytestmark = pytest.mark.torch
 
 TINY = {"hidden_size": 16, "layers": 2, "pretraining_steps": 6, "expert_steps": 3, "batch": 8}
+TINY["multitask_steps"] = 2
 DATA = os.environ.get("FUSEKIT_VISION_DATA")
 
 
@@ -157,9 +159,12 @@ def test_the_suite_merges_backbones_and_keeps_heads_beside_them(
     assert set(load_file(suite.base / "model.safetensors")) == set(
         load_file(suite.experts["living"] / "model.safetensors")
     )
-    result = run_suite(suite, ["linear", "regmean", "fisher"], tmp_path, budget=1, resamples=20)
+    methods = ["linear", "regmean", "fisher", "regmean_plus_plus", "localize_and_stitch_learned"]
+    result = run_suite(suite, methods, tmp_path, budget=1, resamples=20)
     assert result.failed == {}
-    assert [row.method for row in result.rows] == ["linear", "regmean", "fisher"]
+    assert [row.method for row in result.rows] == methods
+    assert set(result.references) == {"base", "multitask"}
+    assert "head" not in {path.name for path in suite.references["multitask"].iterdir()}
     own = result.own_scores()
     assert set(own) == set(suite.tasks)
     for row in result.rows:
@@ -201,6 +206,20 @@ def test_building_again_trains_nothing_and_the_seed_decides(
     assert ours == first
 
 
+def test_training_moves_every_image_by_itself_and_mirrors_only_what_may_be() -> None:
+    pixels = np.zeros((200, 32, 32, 3), np.uint8)
+    pixels[:, 10, 20] = 255
+    labels = np.arange(200, dtype=np.uint8) % 2
+    torch.manual_seed(0)
+    task = vision_training._Trained(torch.nn.Linear(1, 2), Images(pixels, labels), mirrored=1)
+    drawn, classes = task.draw(400)
+    assert drawn.shape == (400, 3, 32, 32)
+    rows, columns = (drawn[:, 0] > 0).nonzero()[:, 1:].T
+    assert set(rows.tolist()) == {9, 10, 11}
+    assert set(columns[classes == 0].tolist()) == {19, 20, 21}
+    assert set(columns[classes == 1].tolist()) == {19, 20, 21, 10, 11, 12}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -238,6 +257,7 @@ def test_other_models_and_tasks_without_a_head_are_refused(built: Path, tmp_path
 @pytest.mark.skipif(not DATA, reason="FUSEKIT_VISION_DATA names no folder with the images")
 def test_experts_learn_from_the_real_images(tmp_path: Path) -> None:
     settings = {"hidden_size": 32, "layers": 2, "pretraining_steps": 500, "expert_steps": 150}
+    settings["multitask_steps"] = 300
     path = build_suite("vision", tmp_path, data=Path(str(DATA)), settings=settings)
     result = run_suite(load_suite(path), ["linear"], tmp_path / "out", budget=1, resamples=50)
     own = result.own_scores()
