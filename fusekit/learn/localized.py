@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class LearnedMask:
 
     Attributes:
         kept: by name of the parameter, whether each entry's update is kept.
-        losses: the task's loss under the soft mask before every step.
+        losses: the batch's loss under the soft mask before every step.
     """
 
     kept: Mapping[str, Tensor]
@@ -57,7 +58,7 @@ def learn_mask(
     batches: Sequence[Batch],
     *,
     density: float = 0.3,
-    steps: int = 10,
+    epochs: int = 2,
     lr: float = 1.0,
     penalty: float = 1.0,
 ) -> LearnedMask:
@@ -65,16 +66,16 @@ def learn_mask(
 
     Minimises `loss(base + sigmoid(S) * delta) + penalty * mean(sigmoid(S))` over logits S, which
     start at +3 for the largest |delta| of the whole model and at -3 elsewhere; what ends above 0 is
-    kept. Every step takes the gradient over all batches. The authors' steps are plain and of a size
-    (1e7 to 1e8) that fits large models; Adam's, taken here, do not depend on the gradient's scale.
+    kept. The authors take one plain gradient step an epoch, of a size (1e7 to 1e8) that fits large
+    models; here every batch is a step of Adam, whose size does not depend on the gradient's.
 
     Args:
         module: the fine-tuned model, whose call on a batch returns logits; it comes back as it was.
         base: the base's parameters by the module's names, of the same shapes.
         batches: of the task, with labels; without any, the next tokens of `input_ids` count.
         density: share of the entries that starts as kept, more than 0 and at most 1.
-        steps: of the optimiser.
-        lr: its step size, in logits.
+        epochs: how often to go through the batches.
+        lr: size of a step, in logits.
         penalty: on the share that is kept.
 
     Raises:
@@ -101,11 +102,14 @@ def learn_mask(
     losses = []
     try:
         with as_in_use(module):
-            for _ in range(steps):
+            for batch in itertools.chain.from_iterable(itertools.repeat(batches, epochs)):
                 with torch.no_grad():
                     for name, value in parameters.items():
                         value.copy_(start[name] + logits[name].sigmoid() * deltas[name])
-                losses.append(_accumulate(module, batches))
+                module.zero_grad()
+                loss = _loss(module, to_device(batch, device_of(module)))
+                loss.backward()  # type: ignore[no-untyped-call]
+                losses.append(float(loss.detach()))
                 for name, own in logits.items():
                     share = own.sigmoid()
                     pull = parameters[name].grad
@@ -129,17 +133,6 @@ def _initial(deltas: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
         name: torch.where(delta.abs() >= threshold, INITIAL_LOGIT, -INITIAL_LOGIT)
         for name, delta in deltas.items()
     }
-
-
-def _accumulate(module: nn.Module, batches: Sequence[Batch]) -> float:
-    """Leave the gradient of the mean loss over batches in the parameters; that loss."""
-    module.zero_grad()
-    total = 0.0
-    for batch in batches:
-        loss = _loss(module, to_device(batch, device_of(module))) / len(batches)
-        loss.backward()  # type: ignore[no-untyped-call]
-        total += float(loss.detach())
-    return total
 
 
 def _loss(module: nn.Module, batch: Batch) -> Tensor:
