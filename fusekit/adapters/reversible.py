@@ -35,6 +35,8 @@ BASIS_NAME = "basis.safetensors"
 PACK_NAME = "pack.json"
 FORMAT = "fusekit-reversible-1"
 ALIGNMENT_SWEEPS = 3
+WHOLE = "/whole"
+"""What follows a base tensor's name where a task saves the tensor itself."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -146,8 +148,8 @@ def pack_adapters(
     """Write a pack: mean and directions shared by all tasks, coefficients per task.
 
     Everything is stored in the adapters' element type. Scalings are folded into B first. Ranks that
-    differ are padded with zeros after balancing.
-    Biases, saved tensors and DoRA are not low-rank updates and are refused.
+    differ are padded with zeros after balancing. What is not of low rank - biases, DoRA magnitudes,
+    tensors saved whole - is kept with each task as it is; reported errors are those of `B @ A`.
 
     Args:
         adapters: task name -> adapter. Modules that only some tasks have are fitted on those.
@@ -159,7 +161,7 @@ def pack_adapters(
 
     Raises:
         FusekitError: no or both budgets, no adapters, a pack that exists.
-        CheckpointError: adapters that disagree on shapes, or hold more than low-rank updates.
+        CheckpointError: adapters that disagree on shapes, adapters of several experts.
     """
     if (directions is None) == (ratio is None):
         raise FusekitError("give either directions or ratio")
@@ -171,7 +173,7 @@ def pack_adapters(
     if path.exists():
         raise CheckpointError(f"{folder}: already exists; packs are written to new folders")
     for adapter in adapters.values():
-        _refuse_full_rank(adapter)
+        _check_packable(adapter)
     names = dict.fromkeys(name for adapter in adapters.values() for name in adapter.modules)
     builder = _PackBuilder(list(adapters))
 
@@ -182,7 +184,9 @@ def pack_adapters(
     for name in names:
         holders = {task: a.modules[name] for task, a in adapters.items() if name in a.modules}
         builder.add(name, holders, budget, align)
-    builder.write(path, _pack_config(adapters), provenance)
+    for task, adapter in adapters.items():
+        builder.keep(task, _not_low_rank(adapter))
+    builder.write(path, _pack_config(adapters), _own_config(adapters), provenance)
     return builder.report()
 
 
@@ -193,12 +197,15 @@ class Pack:
     Attributes:
         folder: where it lies.
         tasks: names of the tasks that can be unpacked.
+        config: fields of adapter_config.json that all tasks share.
+        own: further fields of single tasks.
         modules: what the pack knows of each module.
     """
 
     folder: Path
     tasks: tuple[str, ...]
     config: Mapping[str, Any]
+    own: Mapping[str, Mapping[str, Any]]
     modules: Mapping[str, Mapping[str, Any]]
     basis: SafetensorsFile
 
@@ -213,6 +220,10 @@ class Pack:
         if task not in self.tasks:
             raise FusekitError(f"{self.folder}: no task {task!r} (tasks: {', '.join(self.tasks)})")
         coefficients = SafetensorsFile(self.folder / f"{task}.safetensors")
+
+        def kept(name: str) -> Array | None:
+            return read_array(coefficients, name) if name in coefficients.tensors else None
+
         modules = {}
         for name, facts in self.modules.items():
             if f"{name}/A" not in coefficients.tensors:
@@ -227,9 +238,17 @@ class Pack:
                 kind=facts["kind"],
                 transposed=facts["transposed"],
                 kernel=tuple(facts["kernel"]),
+                magnitude=kept(f"{name}/magnitude"),
+                bias=kept(f"{name}/bias"),
             )
+        whole = {
+            name.removesuffix(WHOLE): read_array(coefficients, name)
+            for name in coefficients.tensors
+            if name.endswith(WHOLE)
+        }
         coefficients.close()
-        return Adapter(f"{self.folder}:{task}", modules, {}, self.config)
+        config = {**self.config, **self.own.get(task, {})}
+        return Adapter(f"{self.folder}:{task}", modules, whole, config)
 
     def _rebuilt(self, name: str, factor: str, coefficients: SafetensorsFile) -> Array:
         side, key = self.side(name, factor), f"{name}/{factor}"
@@ -268,8 +287,8 @@ class Pack:
         _check_task_name(task)
         if task in self.tasks:
             raise FusekitError(f"{self.folder}: task {task!r} exists already")
-        _refuse_full_rank(adapter)
-        tensors: dict[str, Array] = {}
+        _check_packable(adapter)
+        tensors = _not_low_rank(adapter)
         wanted, missed = 0.0, 0.0
         for name, module in adapter.modules.items():
             A, B = self._fitting(name, module)
@@ -287,6 +306,7 @@ class Pack:
         self._describe(path, identity)
         facts = json.loads((self.folder / PACK_NAME).read_text(encoding="utf-8"))
         facts["tasks"].append(task)
+        facts.setdefault("own", {}).update(_own_config({task: adapter}))
         _write_json(self.folder / PACK_NAME, facts)
         return math.sqrt(missed / wanted) if wanted else 0.0
 
@@ -344,14 +364,16 @@ def open_pack(folder: str | Path) -> Pack:
         raise CheckpointError(
             f"{path / PACK_NAME}: does not describe the tensors of {BASIS_NAME}"
         ) from None
-    return Pack(path, tuple(facts["tasks"]), facts["config"], facts["modules"], basis)
+    own = facts.get("own", {})
+    return Pack(path, tuple(facts["tasks"]), facts["config"], own, facts["modules"], basis)
 
 
 def _check_facts(facts: Mapping[str, Any], basis: SafetensorsFile) -> None:
     """Raises KeyError, TypeError or ValueError where a pack's description is not one."""
     if not all(is_file_name(task) for task in facts["tasks"]):
         raise ValueError
-    if not isinstance(facts["config"], dict):
+    own = facts.get("own", {})
+    if not all(isinstance(config, dict) for config in (facts["config"], own, *own.values())):
         raise TypeError
     for name, module in facts["modules"].items():
         if module["kind"] not in get_args(Kind) or type(module["transposed"]) is not bool:
@@ -429,7 +451,20 @@ class _PackBuilder:
             "kernel": list(first.kernel),
         }
 
-    def write(self, folder: Path, config: Mapping[str, Any], provenance: Provenance | None) -> None:
+    def keep(self, task: str, tensors: Mapping[str, Array]) -> None:
+        """Store tensors with a task as they are."""
+        self._coefficients[task].update(tensors)
+        size = sum(tensor.size for tensor in tensors.values())
+        self._stored += size
+        self._original += size
+
+    def write(
+        self,
+        folder: Path,
+        config: Mapping[str, Any],
+        own: Mapping[str, Mapping[str, Any]],
+        provenance: Provenance | None,
+    ) -> None:
         work = partial_folder(folder)
         shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
@@ -440,6 +475,7 @@ class _PackBuilder:
             "format": FORMAT,
             "tasks": list(self._tasks),
             "config": dict(config),
+            "own": dict(own),
             "modules": self._modules,
         }
         _write_json(work / PACK_NAME, facts)
@@ -514,22 +550,31 @@ def _scaled(module: LoraModule) -> tuple[Array, Array]:
     return to_float32(module.A), to_float32(module.B) * np.float32(module.scaling)
 
 
-def _refuse_full_rank(adapter: Adapter) -> None:
+def _check_packable(adapter: Adapter) -> None:
     adapter.require_names()
-    if adapter.replacements:
-        name = next(iter(adapter.replacements))
-        raise CheckpointError(
-            f"{adapter.label}: tensor {name!r} is saved whole: a pack holds low-rank updates only"
-        )
-    for module in adapter.modules.values():
-        extra = {"DoRA": module.magnitude is not None, "a bias": module.bias is not None}
-        extra["several experts"] = module.experts > 1
-        for what, present in extra.items():
+    for name in adapter.modules:
+        module = adapter.outline(name) or adapter.modules[name]
+        refused = {
+            "several experts": module.experts > 1,
+            "DoRA over its input features": module.magnitude_axis == "input",
+        }
+        for what, present in refused.items():
             if present:
                 raise CheckpointError(
-                    f"{adapter.label}: module {module.name!r} has {what}: a pack holds plain "
-                    "low-rank updates only"
+                    f"{adapter.label}: module {name!r} has {what}, which a pack cannot hold"
                 )
+
+
+def _not_low_rank(adapter: Adapter) -> dict[str, Array]:
+    """What a task's file keeps as it is: magnitudes, biases (scaled), tensors saved whole."""
+    tensors = {f"{name}{WHOLE}": tensor for name, tensor in adapter.replacements.items()}
+    for name, module in adapter.modules.items():
+        if module.magnitude is not None:
+            tensors[f"{name}/magnitude"] = module.magnitude
+        if module.bias is not None:
+            scaled = to_float32(module.bias) * np.float32(module.scaling)
+            tensors[f"{name}/bias"] = scaled.astype(module.bias.dtype)
+    return tensors
 
 
 def _product_norm(B: Array, A: Array) -> float:
@@ -554,6 +599,16 @@ def _pack_config(adapters: Mapping[str, Adapter]) -> dict[str, Any]:
         if all(value == values[0] for value in values):
             config[field] = values[0]
     return config
+
+
+def _own_config(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, Any]]:
+    """By task, what adapter_config.json must say of tensors that are saved whole."""
+    fields = ("modules_to_save", "bias")
+    return {
+        task: {field: adapter.config[field] for field in fields if adapter.config.get(field)}
+        for task, adapter in adapters.items()
+        if adapter.replacements
+    }
 
 
 def _read(source: SafetensorsFile, name: str) -> Array:

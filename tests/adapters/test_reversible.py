@@ -246,13 +246,14 @@ def test_a_pack_needs_one_budget(fields, message, tmp_path):
 
 
 def test_what_a_pack_cannot_hold_is_named(tmp_path):
+    expert = make_module("x", np.ones((4, 3), "f4"), np.ones((5, 4), "f4"), kind="parameter")
+    experts = make_adapter(dataclasses.replace(expert, experts=2))
+    with pytest.raises(CheckpointError, match="module 'x' has several experts, which a pack"):
+        pack_adapters({"x": experts}, tmp_path / "pack", directions=1)
     module = random_adapter(1, SHAPES).modules["a.weight"]
-    biased = make_adapter(dataclasses.replace(module, bias=np.ones(9, "f4")))
-    with pytest.raises(CheckpointError, match=r"'a\.weight' has a bias"):
-        pack_adapters({"x": biased}, tmp_path / "pack", directions=1)
-    saved = dataclasses.replace(random_adapter(1, SHAPES), replacements={"h.weight": module.A})
-    with pytest.raises(CheckpointError, match=r"'h\.weight' is saved whole"):
-        pack_adapters({"x": saved}, tmp_path / "pack", directions=1)
+    turned = dataclasses.replace(module, magnitude=np.ones(7, "f4"), magnitude_axis="input")
+    with pytest.raises(CheckpointError, match=r"'a\.weight' has DoRA over its input features"):
+        pack_adapters({"x": make_adapter(turned)}, tmp_path / "pack", directions=1)
     pack_adapters(tasks_of(2), tmp_path / "pack", directions=1)
     pack = open_pack(tmp_path / "pack")
     with pytest.raises(FusekitError, match="no task 'nope'"):
@@ -263,6 +264,41 @@ def test_what_a_pack_cannot_hold_is_named(tmp_path):
         pack.add("big", random_adapter(1, {"a.weight": (9, 7)}, rank=9))
     with pytest.raises(CheckpointError, match=re.escape("not a pack of adapters")):
         open_pack(tmp_path)
+
+
+def with_more(adapter, seed):
+    """An adapter with DoRA magnitudes, biases and a tensor saved whole."""
+    rng = np.random.default_rng(seed)
+    modules = {
+        name: dataclasses.replace(
+            module,
+            magnitude=rng.random(module.B.shape[0], "f4") + 1,
+            bias=rng.standard_normal(module.B.shape[0]).astype("f4"),
+        )
+        for name, module in adapter.modules.items()
+    }
+    whole = {"head.weight": rng.standard_normal((2, 3)).astype("f4")}
+    config = {"modules_to_save": ["head"]}
+    return dataclasses.replace(adapter, modules=modules, replacements=whole, config=config)
+
+
+def test_what_is_not_of_low_rank_stays_with_its_task(tmp_path):
+    adapters = {task: with_more(a, i) for i, (task, a) in enumerate(tasks_of(3).items())}
+    first = dict(list(adapters.items())[:2])
+    pack_adapters(first, tmp_path / "pack", directions=3)
+    open_pack(tmp_path / "pack").add("task0again", adapters["task0"])
+    rng = np.random.default_rng(0)
+    base = {name: rng.standard_normal(shape).astype("f4") for name, shape in SHAPES.items()}
+    base |= {name.replace("weight", "bias"): np.ones(len(w), "f4") for name, w in base.items()}
+    base["head.weight"] = np.zeros((2, 3), "f4")
+    for task, original in [*first.items(), ("task0again", adapters["task0"])]:
+        write_adapter(open_pack(tmp_path / "pack").unpack(task), tmp_path / task)
+        rebuilt = load_adapter(tmp_path / task)
+        assert rebuilt.config["modules_to_save"] == ["head"]
+        for name, weight in base.items():
+            expected = original.apply(name, weight)
+            assert np.abs(expected - weight).max() > 0.1
+            np.testing.assert_allclose(rebuilt.apply(name, weight), expected, atol=1e-4)
 
 
 def packed_on_the_command_line(tmp_path, *options):
