@@ -19,7 +19,7 @@ EPS32 = float(torch.finfo(torch.float32).eps)
 GRAM_LIMIT = 1e-6
 """Singular values below this share of the largest are not trusted to a Gram matrix."""
 
-SINGLE_LIMIT = 1e-2
+SINGLE_LIMIT = 1e-3
 """Directions at least this strong, relative to the strongest, stand products in float32."""
 
 SUM_ELEMENTS = 1 << 16
