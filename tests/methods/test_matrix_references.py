@@ -97,6 +97,38 @@ def wudi(deltas: list[Matrix], time: float = 300.0) -> Matrix:
     return start - start @ E @ np.diag(f) @ E.T + D @ E @ np.diag(f / values) @ E.T
 
 
+def optmerge(deltas: list[Matrix], variant: str, steps: int, lr: float) -> Matrix:
+    """The published recipes on the loss as it is defined, with its gradient written out."""
+    used = [delta for delta in deltas if np.square(delta).sum() >= 1e-12]
+    average = np.asarray(sum(deltas)) / len(deltas)
+    if not used:
+        return average
+    rank = max(1, min(deltas[0].shape) // (5 if variant == "modality" else len(deltas)))
+    norms = [np.square(delta).sum() for delta in used]
+    cut = [triples(delta, rank) for delta in used]
+    targets = [U * S @ V.T for U, S, V in cut]
+    projectors = used if variant == "modality" else [np.diag(S) @ V.T for _, S, V in cut]
+    if variant == "full":
+        centre = np.asarray(sum(used)) / len(used)
+        centred = [triples(delta - centre, rank) for delta in used]
+        targets = [U * S @ V.T + centre for U, S, V in centred]
+    m = np.asarray(sum(deltas)) if variant == "full" else average
+    first, second = np.zeros_like(m), np.zeros_like(m)
+    for step in range(1, steps + 1):
+        gradient = sum(
+            2.0 * (m - G) @ P.T @ P / a for G, P, a in zip(targets, projectors, norms, strict=True)
+        )
+        if variant == "full":
+            first = 0.9 * first + 0.1 * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            size = np.sqrt(second / (1 - 0.999**step)) + 1e-8
+            m = m - lr * first / (1 - 0.9**step) / size
+        else:
+            first = 0.9 * first + gradient
+            m = m - lr * first
+    return m
+
+
 METHODS: dict[str, tuple[str, dict[str, Any], Callable[[list[Matrix]], Matrix]]] = {
     "tsv": ("tsv", {}, tsv),
     "iso_c": ("iso_c", {}, iso_c),
@@ -128,10 +160,18 @@ def deltas_of(kind: str, shape: tuple[int, int], count: int = 3) -> list[Matrix]
         own = [np.zeros(shape)] * count
     elif kind == "unequal":
         own = [delta * 10.0**-i for i, delta in enumerate(own)]
+    elif kind == "decaying":
+        own = [_with_decaying_strengths(delta) for delta in own]
     return own
 
 
-KINDS = ("dense", "low rank", "identical", "one is zero", "all are zero", "unequal")
+def _with_decaying_strengths(matrix: Matrix) -> Matrix:
+    """Singular values over three decades, as those of fine-tuned layers."""
+    U, S, Vh = np.linalg.svd(matrix, full_matrices=False)
+    return (U * S[0] * np.logspace(0, -3, len(S))) @ Vh
+
+
+KINDS = ("dense", "low rank", "identical", "one is zero", "all are zero", "unequal", "decaying")
 
 
 def merged_update(
@@ -173,6 +213,19 @@ def test_continual_updates_are_those_of_plain_arithmetic(shape: tuple[int, int],
     norms = [np.linalg.norm(delta) for delta in held]
     length = np.linalg.norm(update)
     expected = update * (np.mean(norms) / length) if length > 0 else update
+    scale = max(1e-6, float(np.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=2e-4 * scale, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("variant", "lr"), [("full", 1e-4), ("lora", 1e-2), ("modality", 5e-2)])
+def test_optmerge_descends_as_published(
+    variant: str, lr: float, shape: tuple[int, int], kind: str
+) -> None:
+    chosen = {"variant": variant, "steps": 25, "lr": lr}
+    found, held = merged_update("optmerge", deltas_of(kind, shape), np.zeros(shape), **chosen)
+    expected = optmerge(held, variant, 25, lr)
     scale = max(1e-6, float(np.abs(expected).max()))
     np.testing.assert_allclose(found, expected, atol=2e-4 * scale, rtol=1e-3)
 
