@@ -31,6 +31,7 @@ from fusekit.adapters.peft_format import read_array, read_finite
 from fusekit.adapters.peft_writer import AdapterWriter
 from fusekit.adapters.provenance import Provenance, short_name
 from fusekit.checkpoint.source import TensorSource
+from fusekit.checkpoint.writer import check_target
 from fusekit.errors import CheckpointError, FusekitError
 
 _EMBEDDING = re.compile(
@@ -135,6 +136,8 @@ def extract_adapter(
     folder: str | Path,
     options: ExtractOptions | None = None,
     config: Mapping[str, Any] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> ExtractReport:
     """Write a PEFT adapter that turns `base` into an approximation of `model`.
 
@@ -148,6 +151,7 @@ def extract_adapter(
         model: the fine-tuned model. A longer vocabulary is allowed; its embeddings are saved whole.
         folder: where to write; must not hold anything.
         config: `base_model_name_or_path` and `task_type` for adapter_config.json.
+        overwrite: replace the folder if it exists, once the new one is complete.
 
     Raises:
         CheckpointError: tensors missing in the base, shapes that differ elsewhere than in
@@ -157,11 +161,12 @@ def extract_adapter(
     options = options or ExtractOptions()
     _check_options(options)
     _check_names(base, model)
+    check_target(Path(folder), overwrite)
     with tempfile.TemporaryDirectory(prefix="fusekit-extract-") as spool:
         differences = _Differences(base, model, options, Path(spool))
         found = list(differences.decompose())
         ranks = _ranks(found, options)
-        return _write(differences, found, ranks, folder, options, config or {})
+        return _write(differences, found, ranks, folder, options, config or {}, overwrite)
 
 
 def decompose(delta: Array, options: ExtractOptions, omega: Array | None = None) -> ThinSvd:
@@ -373,7 +378,14 @@ def _write(
     folder: str | Path,
     options: ExtractOptions,
     config: Mapping[str, Any],
+    overwrite: bool,
 ) -> ExtractReport:
+    if not any(ranks.values()):
+        chosen = " that was chosen" if options.include or options.exclude else ""
+        raise CheckpointError(
+            f"{differences.model.label}: no weight matrix{chosen} differs from that of "
+            f"{differences.base.label}, so there is nothing to extract"
+        )
     biases, saved, lost = _placed(differences, found, ranks, options)
     fields = dict(config)
     if any(name.endswith(".bias") for name in saved):
@@ -386,7 +398,7 @@ def _write(
         unchanged=differences.unchanged,
     )
     provenance = _provenance(differences, report, options)
-    with AdapterWriter(folder, fields, provenance) as writer:
+    with AdapterWriter(folder, fields, provenance, overwrite=overwrite) as writer:
         for f in found:
             if ranks[f.name]:
                 _write_module(writer, differences, f, ranks[f.name], biases, options)

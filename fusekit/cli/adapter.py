@@ -201,7 +201,8 @@ def merge(
         _print_left_out(adapter)
     report = merge_planned(plan, out, threads=threads, resume=resume, overwrite=overwrite)
     typer.echo(
-        f"{out}: {method.value} of {len(adapters)} adapters, {report.tensors} tensors, "
+        f"{out}: {method.value} of {len(adapters)} adapter{'s' * (len(adapters) > 1)}, "
+        f"{report.tensors} tensors, "
         f"{size(report.bytes_written)}"
     )
 
@@ -210,7 +211,7 @@ def merge(
 def extract(
     base: Annotated[str, typer.Argument(help="The model the adapter will be put on.")],
     model: Annotated[str, typer.Argument(help="The fine-tuned model.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write; must not exist.")],
+    out: Annotated[Path, typer.Argument(help="Folder to create.")],
     rank: Annotated[int, typer.Option(min=1, help="Largest rank of a module.")] = 128,
     energy: Annotated[
         float | None, typer.Option(help="Keep this share of every squared norm, up to --rank.")
@@ -237,6 +238,9 @@ def extract(
     biases: Annotated[Biases, typer.Option(help="Biases of decomposed layers.")] = Biases.lora,
     others: Annotated[Others, typer.Option(help="Norms and the like.")] = Others.save,
     seed: Annotated[int, typer.Option(help="Seed of the randomized decomposition.")] = 0,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
+    ] = False,
 ) -> None:
     """Turn the difference of MODEL and BASE into an adapter."""
     from fusekit.adapters import ExtractOptions, extract_adapter
@@ -265,7 +269,8 @@ def extract(
     )
     fields = {"base_model_name_or_path": base, "task_type": _task_type(config)}
     tuned = open_checkpoint(model).source
-    _print_extraction(out, extract_adapter(opened.source, tuned, out, options, fields))
+    report = extract_adapter(opened.source, tuned, out, options, fields, overwrite=overwrite)
+    _print_extraction(out, report)
 
 
 @app.command()

@@ -311,7 +311,7 @@ def test_equal_values_in_another_type_are_unchanged(tmp_path):
 
 def test_equal_models_have_no_adapter(tmp_path):
     base, _ = models()
-    with pytest.raises(CheckpointError, match="no module has an update"):
+    with pytest.raises(CheckpointError, match="no weight matrix differs from that of"):
         extract(base, base, tmp_path / "a")
 
 
@@ -328,3 +328,17 @@ def test_impossible_options_are_refused(fields, message, tmp_path):
     base, tuned = models()
     with pytest.raises(FusekitError, match=re.escape(message)):
         extract(base, tuned, tmp_path / "a", **fields)
+
+
+def test_what_cannot_be_written_is_refused_before_any_difference_is_taken(tmp_path, monkeypatch):
+    weights = {"q.weight": np.eye(4, dtype="f4")}
+    base, tuned = MemorySource(weights), MemorySource({"q.weight": 2 * weights["q.weight"]})
+    extract_adapter(base, tuned, tmp_path / "out", ExtractOptions(rank=1))
+    with pytest.raises(CheckpointError, match="no weight matrix that was chosen differs"):
+        extract_adapter(base, tuned, tmp_path / "new", ExtractOptions(include=("zzz",)))
+    extract_adapter(base, tuned, tmp_path / "out", ExtractOptions(rank=2), overwrite=True)
+    assert load_adapter(tmp_path / "out").modules["q.weight"].rank == 2
+    monkeypatch.setattr("fusekit.adapters.extract.decompose", None)
+    with pytest.raises(FusekitError, match="out: already exists"):
+        extract_adapter(base, tuned, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
