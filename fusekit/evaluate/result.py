@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from fusekit import __version__
+from fusekit.errors import FusekitError
 from fusekit.evaluate.bootstrap import Interval
 from fusekit.evaluate.configurations import Skipped
 
@@ -106,3 +109,39 @@ class SuiteResult:
     def to_dict(self) -> dict[str, Any]:
         """JSON types only."""
         return {"schema": SCHEMA, "version": __version__, **asdict(self)}
+
+
+def read_result(path: Path) -> SuiteResult:
+    """The result in a `results.json`, as `run_suite` writes it.
+
+    Raises:
+        FusekitError: an unreadable file, or another schema.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FusekitError(f"{path}: cannot be read: {error}") from None
+    found = content.get("schema") if isinstance(content, dict) else None
+    if found != SCHEMA:
+        raise FusekitError(f"{path}: schema {found!r}, expected {SCHEMA!r}")
+    del content["schema"], content["version"]
+    return SuiteResult(
+        **{
+            **content,
+            "groups": {task: tuple(names) for task, names in content["groups"].items()},
+            "forgetting": tuple(content["forgetting"]),
+            "references": {k: Reference(**v) for k, v in content["references"].items()},
+            "rows": tuple(_row(row) for row in content["rows"]),
+            "skipped": tuple(Skipped(**skip) for skip in content["skipped"]),
+            "dropped": tuple(content["dropped"]),
+        }
+    )
+
+
+def _row(content: Mapping[str, Any]) -> Row:
+    intervals = {
+        name: None if value is None else tuple(value)
+        for name, value in content.items()
+        if name.endswith("_interval")
+    }
+    return Row(**{**content, **intervals})

@@ -47,6 +47,31 @@ def summary(result: SuiteResult) -> str:
     return "\n".join([*table, "", f"CPU s: data, tuning and merge. {_notes(result)}"])
 
 
+def comparison(result: SuiteResult) -> str:
+    """The comparison without single tasks as Markdown, with what every row cost."""
+    first = result.rows[0].method if result.rows else "first"
+    head = ["model", "mean %", "normalised [95 %]", f"vs {first} [95 %]", "retained [95 %]"]
+    head += ["data CPU s", "merge CPU s", "tuning CPU s", "peak MB"]
+    lines = [_line(head), _ruler(len(head))]
+    for name, reference in result.references.items():
+        relative = [f"{reference.normalised:.3f}", "-", with_interval(reference.retained, None)]
+        mean = _mean_percent(result, reference.scores)
+        lines.append(_line([name, mean, *relative, *["-"] * 4]))
+    own = _mean_percent(result, result.own_scores())
+    lines.append(_line(["expert of the task", own, "1.000", *["-"] * 6]))
+    for row in result.rows:
+        cells = [label(row), _mean_percent(result, row.scores)]
+        cells.append(with_interval(row.normalised, row.normalised_interval))
+        cells.append(with_interval(row.difference, row.difference_interval, "+.3f"))
+        cells.append(with_interval(row.retained, row.retained_interval))
+        cells.append(f"{row.measuring_seconds:.1f}" if row.measuring_seconds else "-")
+        cells.append(f"{row.merge_cpu_seconds:.2f}")
+        cells.append(f"{row.tuning_seconds:.1f}" if row.tried > 1 else "-")
+        cells.append(f"{row.merge_peak_bytes / 1e6:.0f}")
+        lines.append(_line(cells))
+    return "\n".join(lines) + "\n"
+
+
 def _mean_percent(result: SuiteResult, scores: Mapping[str, float]) -> str:
     """Mean over tasks of the mean over a task's datasets, in %."""
     tasks = [sum(scores[n] for n in names) / len(names) for names in result.groups.values()]

@@ -16,7 +16,7 @@ from fusekit.errors import FusekitError, RecipeError
 from fusekit.evaluate import digits
 from fusekit.evaluate.cells import Cells, Reported
 from fusekit.evaluate.configurations import candidates, choose_methods, default_parameters
-from fusekit.evaluate.result import SuiteResult
+from fusekit.evaluate.result import SuiteResult, read_result
 from fusekit.evaluate.runner import run_suite
 from fusekit.evaluate.suite import Suite, load_suite
 from fusekit.evaluate.table import markdown
@@ -145,6 +145,29 @@ def test_results_are_saved_as_json_and_markdown(ran: tuple[Suite, Path, SuiteRes
     assert text == markdown(result)
     assert "| task_arithmetic, tuned (lambda " in text
     assert "best of at most 3 configurations on validation data" in text
+
+
+def test_saved_results_are_read_back_as_they_were(
+    ran: tuple[Suite, Path, SuiteResult], tmp_path: Path
+) -> None:
+    _, out, result = ran
+    assert read_result(out / "results.json") == result
+    (tmp_path / "other.json").write_text('{"schema": "fusekit-study/1"}')
+    with pytest.raises(FusekitError, match="schema 'fusekit-study/1', expected 'fusekit-suite/2'"):
+        read_result(tmp_path / "other.json")
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(FusekitError, match="schema None, expected"):
+        read_result(tmp_path / "list.json")
+
+
+def test_methods_that_look_at_data_are_named_where_they_cannot_run() -> None:
+    _, skipped = choose_methods(["regmean_plus_plus", "fisher"], 6, calibrates=False)
+    assert {skip.method: skip.reason for skip in skipped} == {
+        "regmean_plus_plus": "needs training examples, which this suite does not have",
+        "fisher": "needs statistics",
+    }
+    with pytest.raises(RecipeError, match="did you mean 'regmean_plus_plus'"):
+        choose_methods(["regmean_plusplus"], 6)
 
 
 def scores_of_the_base(self: Cells, method: Any, name: str, parameters: Any) -> Reported:
