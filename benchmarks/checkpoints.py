@@ -44,6 +44,24 @@ def _shapes(layers: int, hidden: int, vocabulary: int = VOCABULARY) -> dict[str,
     return shapes
 
 
+def _config(shapes: dict[str, tuple[int, ...]]) -> str:
+    """A config.json with which other software recognises these shapes."""
+    vocabulary, hidden = shapes["model.embed_tokens.weight"]
+    return json.dumps(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": vocabulary,
+            "hidden_size": hidden,
+            "intermediate_size": shapes["model.layers.0.mlp.up_proj.weight"][0],
+            "num_hidden_layers": sum(name.endswith("up_proj.weight") for name in shapes),
+            "num_attention_heads": hidden // 64,
+            "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16",
+        }
+    )
+
+
 def _count(shapes: dict[str, tuple[int, ...]]) -> int:
     return sum(int(np.prod(shape)) for shape in shapes.values())
 
@@ -62,7 +80,7 @@ def write_family(folder: Path, parameters: float, models: int, dtype: str = "bfl
     files = []
     for name in names:
         (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        (folder / name / "config.json").write_text(_config(shapes))
         file = (folder / name / "model.safetensors").open("wb")
         file.write(layout.shards[0].header)
         files.append(file)
@@ -91,9 +109,11 @@ def _cut(pool: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
 
 def write_sparse_family(folder: Path, parameters: float, models: int) -> None:
     """The same shapes as files of zeros without blocks on disk: size without the space."""
-    layout = _layout(llama_shapes(parameters), "bfloat16")
+    shapes = llama_shapes(parameters)
+    layout = _layout(shapes, "bfloat16")
     for name in ["base", *(f"model{i}" for i in range(models))]:
         (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name / "config.json").write_text(_config(shapes))
         with (folder / name / "model.safetensors").open("wb") as file:
             file.write(layout.shards[0].header)
             os.truncate(file.fileno(), layout.nbytes)

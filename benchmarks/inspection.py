@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
 
-    family = options.out / f"dense-{options.parameters:g}-{options.models}"
+    family = options.out / f"dense-{options.parameters / 1e6:.0f}M-{options.models}"
     tiny = options.out / f"tiny-{options.models}"
     for folder, parameters in ((family, options.parameters), (tiny, 0)):
         if not folder.exists():

@@ -70,6 +70,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """Recipe settings per benchmark; `method@label` runs a method under other settings."""
 
 
+PEER = {
+    "linear", "slerp", "nuslerp", "multislerp", "karcher", "model_stock", "task_arithmetic",
+    "nearswap", "dare_linear", "dare_ties", "ties", "breadcrumbs", "della", "sce", "arcee_fusion",
+    "passthrough",
+}  # fmt: skip
+"""What mergekit-yaml has under the same name."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What one process used: seconds and bytes."""
@@ -99,10 +107,10 @@ class Row:
         return self.cpu / self.copy.cpu
 
 
-def run_measured(command: list[str]) -> Cost:
-    """Run a command to its end and read its usage from the kernel."""
+def run_measured(command: list[str], errors: int | None = None) -> Cost:
+    """Run a command to its end and read its usage from the kernel; `errors` is for its stderr."""
     begun = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -184,17 +192,23 @@ def measure(
     return Row(name, len(read), best, start_up, min(copies, key=lambda cost: cost.cpu))
 
 
-def peer_cost(recipe: dict[str, Any], work: Path) -> Cost:
-    """The same recipe through mergekit-yaml."""
+def peer_cost(recipe: dict[str, Any], small: dict[str, Any], work: Path) -> float:
+    """CPU seconds of the same recipe through mergekit-yaml, without its start-up."""
+    merge, start_up = _run_peer(recipe, work), _run_peer(small, work)
+    return merge.cpu - start_up.cpu
+
+
+def _run_peer(recipe: dict[str, Any], work: Path) -> Cost:
     path, out = work / "peer.yml", work / "peer"
     path.write_text(yaml.safe_dump({**recipe, "dtype": "bfloat16"}), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
-    cost = run_measured(["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"])
+    command = ["mergekit-yaml", str(path), str(out), "--no-copy-tokenizer"]
+    cost = run_measured(command, subprocess.DEVNULL)
     shutil.rmtree(out)
     return cost
 
 
-def table(rows: list[Row], peers: dict[str, Cost], about: str) -> str:
+def table(rows: list[Row], peers: dict[str, float], about: str) -> str:
     """The results as a Markdown table."""
     lines = [
         about,
@@ -204,7 +218,7 @@ def table(rows: list[Row], peers: dict[str, Cost], about: str) -> str:
         "|---|---|---|---|---|---|---|---|" + ("---|" if peers else ""),
     ]
     for row in rows:
-        peer = f" {peers[row.name].cpu:.1f} |" if row.name in peers else " - |" if peers else ""
+        peer = f" {peers[row.name]:.1f} |" if row.name in peers else " - |" if peers else ""
         lines.append(
             f"| {row.name} | {row.models} | {row.copy.cpu:.2f} | {row.cpu:.2f} | "
             f"{row.ratio:.2f} | {row.merge.wall:.2f} | {row.merge.peak_rss / 1e6:.0f} | "
@@ -227,23 +241,30 @@ def main() -> None:
     options = parser.parse_args()
 
     kind = "sparse" if options.sparse else "dense"
-    family = options.out / f"{kind}-{options.parameters:g}-{options.models}"
+    family = options.out / f"{kind}-{options.parameters / 1e6:.0f}M-{options.models}"
     tiny = options.out / f"tiny-{options.models}"
     if not family.exists():
         write = write_sparse_family if options.sparse else write_family
         write(family, options.parameters, options.models)
     if not tiny.exists():
         write_family(tiny, 0, options.models)
-    rows, peers = [], {}
+    rows: list[Row] = []
+    peers: dict[str, float] = {}
     for name in options.methods:
         row = measure(
             name, family, tiny, options.out, options.models, options.threads, options.repeat
         )
         rows.append(row)
         print(f"{name}: {row.ratio:.2f} x copying, {row.merge.peak_rss / 1e6:.0f} MB", flush=True)
-        if shutil.which("mergekit-yaml"):
+        if name in PEER and shutil.which("mergekit-yaml"):
             recipe, _ = recipe_for(name, family, options.models)
-            peers[name] = peer_cost(recipe, options.out)
+            small, _ = recipe_for(name, tiny, options.models)
+            try:
+                peers[name] = peer_cost(recipe, small, options.out)
+            except SystemExit as failure:
+                print(failure, flush=True)
+                continue
+            print(f"{name}: {row.cpu:.2f} CPU s, mergekit {peers[name]:.2f}", flush=True)
     size = (family / "model0" / "model.safetensors").stat().st_size
     about = (
         f"{options.models} models (+ base where the method has one), {size / 1e9:.2f} GB each, "
@@ -255,7 +276,7 @@ def main() -> None:
     content = {
         "about": about,
         "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
-        "peers": {name: asdict(cost) for name, cost in peers.items()},
+        "peers": peers,
     }
     (options.out / "results.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
     print(text)
