@@ -105,7 +105,7 @@ def explained(result: SuiteResult) -> str:
         f"bootstrap over examples, {result.resamples} resamples. Tuned: best of at most "
         f"{result.budget} configurations on validation data. Seed {result.seed}. Merge: CPU time, "
         "and memory above that of the loaded libraries, of a merge in a process of its own; data: "
-        "measuring the experts; tuning: merging and scoring all that was tried."
+        "running models on training examples; tuning: merging and scoring all that was tried."
     )
 
 

@@ -62,7 +62,7 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
                 reference=1.0,
             ),
             "Tuned where there is something to tune. 1 is every expert on its own task; whiskers "
-            "are 95 % bootstrap intervals.",
+            f"are 95 % bootstrap intervals. {_references(result)}",
         )
     ]
     if result.forgetting:
@@ -106,6 +106,12 @@ def _figures(result: SuiteResult, rows: list[Row]) -> list[Plot]:
         )
     )
     return plots
+
+
+def _references(result: SuiteResult) -> str:
+    """What is not merged: `For comparison: base 0.312, multitask 1.004.`"""
+    scored = ", ".join(f"{name} {each.normalised:.3f}" for name, each in result.references.items())
+    return f"For comparison: {scored}."
 
 
 def _table(result: SuiteResult, rows: list[Row]) -> Table:

@@ -265,7 +265,9 @@ def test_the_command_prints_the_table_and_writes_a_report(tmp_path: Path) -> Non
     line = next(line for line in done.stdout.splitlines() if line.startswith("linear, default"))
     assert " 0.536 [0." in line
     assert max(map(len, done.stdout.partition("\n\n")[0].splitlines())) <= 120
-    assert "Share of the experts" in html.read_text(encoding="utf-8")
+    page = html.read_text(encoding="utf-8")
+    assert "Share of the experts" in page
+    assert "For comparison: base 0.312, multitask 1.004." in page
 
 
 def test_refused_combinations_do_not_end_the_tuning(
