@@ -25,7 +25,7 @@ from fusekit.memory import peak_memory, resident_memory
 if TYPE_CHECKING:
     from fusekit.methods.base import Method
 
-REHEARSED_SECONDS = 2.0
+REHEARSED_SECONDS = 10.0
 """Merges of less CPU time are done twice and measured the second time, with kernels loaded."""
 
 
