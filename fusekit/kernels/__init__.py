@@ -31,6 +31,7 @@ _SUBMODULES = (
     "lottery",
     "lowrank",
     "masks",
+    "needed",
     "norms",
     "order",
     "overlap",

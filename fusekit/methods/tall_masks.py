@@ -11,6 +11,7 @@ from fusekit.methods.base import (
     Block,
     Combine,
     Method,
+    Packed,
     Parameter,
     Remark,
     SidePart,
@@ -37,6 +38,12 @@ class StandOut(OnPruned, Combine):
 
     ratios: tuple[float, ...]
     ties: bool
+
+    def summed(self, block: Block) -> Packed | None:
+        """The operands of bfloat16 models whose task vectors are summed as they are."""
+        packed = block.packed
+        is_summed = packed is not None and packed.kind == kernels.tiles.BF16 and not self.ties
+        return packed if is_summed else None
 
     def vector_and_masks(self, block: Block) -> tuple[Array, Array]:
         import numpy as np
@@ -65,6 +72,15 @@ class StandOut(OnPruned, Combine):
 class WithMasks(StandOut):
     """base + the multi-task vector; the masks go beside it."""
 
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        operands = self.summed(block)
+        if operands is None:
+            return False
+        place, ratios = (operands.bits, operands.start), np.array(self.ratios)
+        return bool(kernels.needed.sum_and_masks(*place, ratios, empty_masks(block), out))
+
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np
 
@@ -81,6 +97,15 @@ class Consensus(StandOut):
 
     tasks: int
     scale: float
+
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        operands = self.summed(block)
+        if operands is None:
+            return False
+        place, ratios = (operands.bits, operands.start), np.array(self.ratios)
+        return bool(kernels.needed.consensus(*place, ratios, self.tasks, self.scale, out))
 
     def apply(self, block: Block, out: Array) -> None:
         update, keep = self.vector_and_masks(block)

@@ -37,8 +37,8 @@ def scales(tensor: Tensor) -> SideTensor:
 
 def empty_masks(block: Block) -> Array:
     """Room for the masks of a block, one byte per entry, padded to whole bytes of bits."""
-    n, size = block.rows.shape
-    return block.scratch("task masks", (n, 8 * mask_bytes(size)), "uint8")
+    shape = block.tensor.models, 8 * mask_bytes(block.size)
+    return block.scratch("task masks", shape, "uint8")
 
 
 def packed(block: Block, keep: Array) -> Iterator[SidePart]:

@@ -1,0 +1,107 @@
+"""Which weights of the summed task vector each task needs, of bfloat16 models in registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from fusekit.kernels import direct
+from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+_CHUNK = direct.CHUNK
+_MAGNITUDE = np.uint32(0x7FFFFFFF)
+
+
+@njit(nogil=True, cache=True)
+def _sum_up(bits: Array, start: int, total: Array, update: Array) -> None:
+    """update = the sum of the task vectors, added up in float64."""
+    models, stop = bits.shape[0] - 1, start + update.size
+    base = bits[models, start:stop]
+    total[:] = 0.0
+    for r in range(models):
+        model = bits[r, start:stop]
+        for i in range(update.size):
+            total[i] += np.float64(from_bf16(model[i]) - from_bf16(base[i]))
+    for i in range(update.size):
+        update[i] = total[i]
+
+
+@njit(nogil=True, cache=True)
+def _mark(model: Array, base: Array, update: Array, ratio: float, kept: Array) -> None:
+    """kept = |d| > ratio |update - d|: what `masks.stand_out` says of one task vector d."""
+    for i in range(update.size):
+        d = np.float64(from_bf16(model[i]) - from_bf16(base[i]))
+        kept[i] = abs(d) > ratio * abs(np.float64(update[i]) - d)
+
+
+@njit(nogil=True, cache=True)
+def sum_and_masks(bits: Array, start: int, ratios: Array, keep: Array, out: Array) -> bool:
+    """out = the bfloat16 nearest to base + the sum of the task vectors; keep[i] = task i's mask.
+
+    Args:
+        bits: (models + 1, any), the base last; the wanted elements begin at `start`.
+        ratios: (models,) how much larger than the others' disturbance an entry must be.
+        keep: (models, at least elements) of 0 and 1, zero behind the elements.
+        out: (elements,) uint16.
+
+    Returns False where a value is not finite: the results are then not to be used.
+    """
+    models = ratios.size
+    totals, updates = np.empty(_CHUNK, np.float64), np.empty(_CHUNK, np.float32)
+    keep[:, out.size :] = 0
+    for begin in range(0, out.size, _CHUNK):
+        part = out[begin : begin + _CHUNK]
+        at, end = start + begin, begin + part.size
+        stop = at + part.size
+        if not direct.all_finite(bits, at, stop):
+            return False
+        update, base = updates[: part.size], bits[models, at:stop]
+        _sum_up(bits, at, totals[: part.size], update)
+        for r in range(models):
+            _mark(bits[r, at:stop], base, update, ratios[r], keep[r, begin:end])
+        largest = np.uint32(0)
+        for i in range(part.size):
+            value = np.float32(np.float64(update[i]) + np.float64(from_bf16(base[i])))
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= direct.OVERFLOW:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def consensus(bits: Array, start: int, ratios: Array, tasks: int, scale: float, out: Array) -> bool:
+    """out = the bfloat16 nearest to base + scale * the sum where `tasks` masks at least are set.
+
+    Arguments and result as for `sum_and_masks`.
+    """
+    models = ratios.size
+    totals, updates = np.empty(_CHUNK, np.float64), np.empty(_CHUNK, np.float32)
+    kept, counts = np.empty(_CHUNK, np.uint8), np.empty(_CHUNK, np.uint8)
+    for begin in range(0, out.size, _CHUNK):
+        part = out[begin : begin + _CHUNK]
+        at = start + begin
+        stop = at + part.size
+        if not direct.all_finite(bits, at, stop):
+            return False
+        update, base = updates[: part.size], bits[models, at:stop]
+        count = counts[: part.size]
+        _sum_up(bits, at, totals[: part.size], update)
+        count[:] = 0
+        for r in range(models):
+            _mark(bits[r, at:stop], base, update, ratios[r], kept[: part.size])
+            for i in range(part.size):
+                count[i] += kept[i]
+        largest = np.uint32(0)
+        for i in range(part.size):
+            change = scale * np.float64(update[i]) if count[i] >= tasks else 0.0
+            value = np.float32(np.float64(from_bf16(base[i])) + change)
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= direct.OVERFLOW:
+            return False
+    return True

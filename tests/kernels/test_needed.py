@@ -1,0 +1,41 @@
+"""TALL masks of bfloat16 models in registers, against decoded rows."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from fusekit.kernels import linear, masks, needed
+from tests.kernels.test_direct import SIZES, operands
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_sums_masks_and_consensus_are_those_of_decoded_rows(count: int, size: int) -> None:
+    values, bits = operands(count + 1, size, seed=21)
+    rows, base = values[:count] - values[count], values[count]
+    ratios = np.linspace(0.3, 0.8, count)
+    padded = -(-size // 8) * 8
+    update, merged = np.empty(size, np.float32), np.empty(size, np.float32)
+    expected, keep = (np.full((count, padded), 9, np.uint8) for _ in range(2))
+    linear.weighted_sum(rows, np.ones(count), base[:0], 0.0, update)
+    masks.stand_out(rows, update, ratios, expected)
+    linear.weighted_sum(update[np.newaxis], np.ones(1), base, 1.0, merged)
+    out = np.empty(size, np.uint16)
+    assert needed.sum_and_masks(bits, 3, ratios, keep, out)
+    np.testing.assert_array_equal(keep, expected)
+    np.testing.assert_array_equal(out, merged.astype(ml_dtypes.bfloat16).view(np.uint16))
+    for tasks in range(1, count + 2):
+        masks.add_needed(update, expected, tasks, 0.7, base, merged)
+        assert needed.consensus(bits, 3, ratios, tasks, 0.7, out)
+        np.testing.assert_array_equal(out, merged.astype(ml_dtypes.bfloat16).view(np.uint16))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_not_finite_is_declined(bad: float) -> None:
+    _, bits = operands(4, 3000, offset=0)
+    bits[1, 2900] = bits[2, 2900] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
+    out, keep = np.empty(3000, np.uint16), np.empty((3, 3000), np.uint8)
+    assert not needed.sum_and_masks(bits, 0, np.ones(3), keep, out)
+    assert not needed.consensus(bits, 0, np.zeros(3), 1, 1.0, out)
