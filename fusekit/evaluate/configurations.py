@@ -36,6 +36,9 @@ CANDIDATES: Mapping[str, tuple[float, ...]] = {
 """Values that tuning may give a parameter of that name."""
 
 
+ALL = "all"
+"""In the place of a name: every method that needs no data."""
+
 METHOD_SETS: Mapping[str, tuple[str, ...]] = {
     "mergebench": (
         "linear",
@@ -69,7 +72,7 @@ def choose_methods(
     """The methods to run, and those left out.
 
     Args:
-        wanted: names, of methods, of `DATA_METHODS` or of `METHOD_SETS`; or `all` alone for every
+        wanted: names, of methods, of `DATA_METHODS` or of `METHOD_SETS`; `all` stands for every
             method that merges this many models without data.
         models: how many experts the suite has.
         calibrates: whether the suite has training examples for methods that need data.
@@ -77,12 +80,12 @@ def choose_methods(
     Raises:
         RecipeError: there is no method of that name.
     """
-    everything = list(wanted) == ["all"]
-    names = list(available()) if everything else _spelt_out(wanted)
+    named = _spelt_out(wanted)
+    names = dict.fromkeys(itertools.chain(*(available() if n == ALL else (n,) for n in named)))
     runs: list[Contender] = []
     skipped: list[Skipped] = []
     for method in map(_named, names):
-        reason = why_not(method, models, calibrates and not everything)
+        reason = why_not(method, models, calibrates and method.name in named)
         if reason is None:
             runs.append(method)
         else:

@@ -160,6 +160,15 @@ def test_saved_results_are_read_back_as_they_were(
         read_result(tmp_path / "list.json")
 
 
+def test_all_and_single_methods_that_need_data_can_be_named_together() -> None:
+    pytest.importorskip("torch")
+    runs, skipped = choose_methods(["fisher", "all"], 6, calibrates=True)
+    names = [method.name for method in runs]
+    assert names[0] == "fisher"
+    assert len(names) == len(set(names)) > 20
+    assert {skip.method for skip in skipped} >= {"regmean", "slerp"}
+
+
 def test_methods_that_look_at_data_are_named_where_they_cannot_run() -> None:
     _, skipped = choose_methods(["regmean_plus_plus", "fisher"], 6, calibrates=False)
     assert {skip.method: skip.reason for skip in skipped} == {
