@@ -347,8 +347,24 @@ def merge_recipe(
     from fusekit.checkpoint.writer import check_target
 
     check_target(out, overwrite)
-    plan = plan_adapters(recipe)
-    return merge_planned(plan, out, threads=threads, resume=resume, overwrite=overwrite)
+    from fusekit.engine.run import MergeReport
+
+    written = merge_planned(
+        plan_adapters(recipe), out, threads=threads, resume=resume, overwrite=overwrite
+    )
+    return MergeReport(out=out, peak_rss=peak_memory(), **dataclasses.asdict(written))
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What a merge of adapters did: bytes are those of tensors, times in seconds."""
+
+    tensors: int
+    resumed: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    cpu_seconds: float
 
 
 def merge_planned(
@@ -358,10 +374,8 @@ def merge_planned(
     threads: int | None = None,
     resume: bool = True,
     overwrite: bool = False,
-) -> MergeReport:
+) -> Written:
     """Carry out a plan; arguments as of `merge_recipe`. Closes the plan's base."""
-    from fusekit.engine.run import MergeReport
-
     begun, cpu = time.monotonic(), time.process_time()
     base = None if plan.base is None else plan.base.source
     try:
@@ -376,15 +390,13 @@ def merge_planned(
             base.close()
     with contextlib.closing(open_checkpoint(str(out)).source) as written:
         sizes = [info.nbytes for info in written.tensors.values()]
-    return MergeReport(
-        out=out,
+    return Written(
         tensors=len(sizes),
         resumed=writer.resumed_tensors,
         bytes_read=sum(plan.input_bytes()),
         bytes_written=sum(sizes),
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
-        peak_rss=peak_memory(),
     )
 
 

@@ -434,3 +434,16 @@ def test_a_missing_adapter_is_named_with_what_is_near(folder):
     recipe["models"][1] = {**recipe["models"][1], "model": str(folder / "taks1")}
     with pytest.raises(FusekitError, match=r"adapter '.*taks1': no such.*mean 'task1'"):
         fusekit.merge(recipe, folder / "out")
+
+
+@pytest.mark.parametrize("method", ["linear", "cat", "svd", "lora_lego"])
+def test_methods_without_kernels_do_not_import_their_compiler(method, folder):
+    arguments = ["merge", *(str(folder / name) for name in ("task0", "task1", "out"))]
+    code = (
+        "import sys; from typer.testing import CliRunner; from fusekit.cli.adapter import app; "
+        f"r = CliRunner().invoke(app, {[*arguments, '--method', method]!r}); "
+        "assert r.exit_code == 0, r.output; "
+        "print([m for m in ('numba', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
