@@ -173,26 +173,68 @@ def keep_above(row: Array, threshold: Any) -> None:
 
 
 @njit(nogil=True, cache=True)
-def keep_first(row: Array, threshold: Any, left: int) -> int:
-    """As `keep_above`, but keep the first `left` entries equal to the threshold as well.
+def drop_at_least(row: Array, threshold: Any) -> None:
+    """Zero every entry of at least `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = zero if abs(row[i]) >= threshold else row[i]
 
-    Returns how many equal entries it kept.
+
+@njit(nogil=True, cache=True)
+def drop_above(row: Array, threshold: Any) -> None:
+    """Zero every entry greater than `threshold` in magnitude."""
+    zero = row.dtype.type(0)
+    for i in range(row.size):
+        row[i] = zero if abs(row[i]) > threshold else row[i]
+
+
+@njit(nogil=True, cache=True)
+def _cut(row: Array, threshold: Any, left: int, keeps: bool) -> int:
+    """Keep the entries above the threshold and the first `left` equal to it, or all others.
+
+    Returns how many equal entries belong to the first.
     """
     zero = row.dtype.type(0)
     before = left
     for start in range(0, row.size, _CHUNK):
         part = row[start : start + _CHUNK]
         equal = count_equal(part, threshold) if left > 0 else 0
-        if equal == 0:
-            keep_above(part, threshold)
-        elif equal <= left:
-            keep_at_least(part, threshold)
-            left -= equal
-        else:
+        if equal > left:
             for i in range(part.size):
                 magnitude = abs(part[i])
+                is_first = magnitude > threshold
                 if magnitude == threshold and left > 0:
+                    is_first = True
                     left -= 1
-                elif magnitude <= threshold:
+                if is_first != keeps:
                     part[i] = zero
+            continue
+        left -= equal
+        if keeps:
+            if equal:
+                keep_at_least(part, threshold)
+            else:
+                keep_above(part, threshold)
+        elif equal:
+            drop_at_least(part, threshold)
+        else:
+            drop_above(part, threshold)
     return before - left
+
+
+@njit(nogil=True, cache=True)
+def keep_first(row: Array, threshold: Any, left: int) -> int:
+    """As `keep_above`, but keep the first `left` entries equal to the threshold as well.
+
+    Returns how many equal entries it kept.
+    """
+    return int(_cut(row, threshold, left, True))
+
+
+@njit(nogil=True, cache=True)
+def drop_first(row: Array, threshold: Any, left: int) -> int:
+    """As `drop_above`, but zero the first `left` entries equal to the threshold as well.
+
+    Returns how many equal entries it zeroed.
+    """
+    return int(_cut(row, threshold, left, False))

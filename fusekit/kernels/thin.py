@@ -1,4 +1,4 @@
-"""Dropping the largest entries of a row, keeping the positions where models differ most."""
+"""Keeping the positions where models differ most."""
 
 from __future__ import annotations
 
@@ -7,54 +7,9 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from fusekit.kernels.order import count_equal
-
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
-
-
-@njit(nogil=True, cache=True)
-def drop_at_least(row: Array, threshold: Any) -> None:
-    """Zero every entry of at least `threshold` in magnitude."""
-    zero = row.dtype.type(0)
-    for i in range(row.size):
-        row[i] = zero if abs(row[i]) >= threshold else row[i]
-
-
-@njit(nogil=True, cache=True)
-def drop_above(row: Array, threshold: Any) -> None:
-    """Zero every entry greater than `threshold` in magnitude."""
-    zero = row.dtype.type(0)
-    for i in range(row.size):
-        row[i] = zero if abs(row[i]) > threshold else row[i]
-
-
-@njit(nogil=True, cache=True)
-def drop_first(row: Array, threshold: Any, left: int) -> int:
-    """As `drop_above`, but zero the first `left` entries equal to the threshold as well.
-
-    Returns how many equal entries it zeroed.
-    """
-    zero = row.dtype.type(0)
-    before = left
-    for start in range(0, row.size, _CHUNK):
-        part = row[start : start + _CHUNK]
-        equal = count_equal(part, threshold) if left > 0 else 0
-        if equal == 0:
-            drop_above(part, threshold)
-        elif equal <= left:
-            drop_at_least(part, threshold)
-            left -= equal
-        else:
-            for i in range(part.size):
-                magnitude = abs(part[i])
-                if magnitude > threshold:
-                    part[i] = zero
-                elif magnitude == threshold and left > 0:
-                    part[i] = zero
-                    left -= 1
-    return before - left
 
 
 @njit(nogil=True, cache=True)

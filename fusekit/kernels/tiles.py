@@ -88,11 +88,11 @@ def _prune(
         elif kind == KEEP_AT_LEAST:
             order.keep_at_least(row, value)
         elif kind == DROP_AT_LEAST:
-            thin.drop_at_least(row, value)
+            order.drop_at_least(row, value)
         elif kind == KEEP_FIRST:
             left[k] -= order.keep_first(row, value, left[k])
         elif kind == DROP_FIRST:
-            left[k] -= thin.drop_first(row, value, left[k])
+            left[k] -= order.drop_first(row, value, left[k])
         elif kind in (KEEP_VARYING, KEEP_FIRST_VARYING):
             varying = np.empty(row.size, np.float32)
             thin.variance(rows, varying)

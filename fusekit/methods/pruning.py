@@ -313,10 +313,10 @@ class Cut:
         """Zero the entries before the cut."""
         threshold = row.dtype.type(self.threshold)
         if self.ties is None:
-            kernels.thin.drop_at_least(row, threshold)
+            kernels.order.drop_at_least(row, threshold)
             return
         left = self.left(start)
-        self.leave(left - kernels.thin.drop_first(row, threshold, left))
+        self.leave(left - kernels.order.drop_first(row, threshold, left))
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import elect, linear, order, random, thin, tiles, trimmed
+from fusekit.kernels import elect, linear, order, random, tiles, trimmed
 from tests.kernels.test_direct import SIZES, operands
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -38,11 +38,11 @@ def cut_rows(rows: Array, cuts: list[tuple[int, int, float]], left: Array) -> Ar
         elif kind == tiles.KEEP_ABOVE:
             order.keep_above(row, threshold)
         elif kind == tiles.DROP_AT_LEAST:
-            thin.drop_at_least(row, threshold)
+            order.drop_at_least(row, threshold)
         elif kind == tiles.KEEP_FIRST:
             left[number] -= order.keep_first(row, threshold, left[number])
         else:
-            left[number] -= thin.drop_first(row, threshold, left[number])
+            left[number] -= order.drop_first(row, threshold, left[number])
     return rows
 
 
