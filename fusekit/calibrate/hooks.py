@@ -24,7 +24,7 @@ from fusekit.errors import FusekitError
 from fusekit.methods.matrix.linalg import outer
 
 BLOCK_COLUMNS = 4096
-"""Gram matrices are computed by blocks of so many rows, what lies below the diagonal left out."""
+"""Gram matrices are computed by blocks of so many rows; those below the diagonal are left out."""
 
 COLLECTED_TOKENS = 1024
 """Inputs are collected up to so many tokens, or as many as a layer has inputs, for one product."""
@@ -59,7 +59,8 @@ class Accumulator(ABC):
     @classmethod
     def mean(cls, total: Tensor, tokens: int) -> Tensor:
         """The statistic, in float32, of a sum over so many tokens."""
-        return (total / max(tokens, 1)).float()
+        mean = torch.empty_like(total, dtype=torch.float32)
+        return torch.div(total, max(tokens, 1), out=mean)
 
 
 class Gram(Accumulator):
@@ -83,7 +84,10 @@ class Gram(Accumulator):
     @classmethod
     def mean(cls, total: Tensor, tokens: int) -> Tensor:
         mean = super().mean(total, tokens)
-        return mean.triu() + mean.triu(1).T
+        for start in range(0, len(mean), BLOCK_COLUMNS):
+            stop = start + BLOCK_COLUMNS
+            mean[stop:, start:stop] = mean[start:stop, stop:].T
+        return mean
 
 
 class Mean(Accumulator):
