@@ -1,31 +1,43 @@
 """Time and memory of methods on whole matrices against the decompositions alone, in one run.
 
-    python -m benchmarks.matrix --hidden 896 --intermediate 4864 --layers 2
+    python -m benchmarks.matrix --hidden 896 --intermediate 4864 --layers 24 --vocabulary 151936
 
-Two floors per method, on matrices of the shapes it decomposes: LAPACK's thin SVDs in float32, and
-the symmetric eigenproblems in float64 that the methods solve instead. `ratio` is the whole merge,
-reading and writing included, over a floor. Times are CPU seconds, of one thread by default, which
-other work on the machine disturbs least; with --device they are seconds on the clock. WUDI's closed
-form is compared with its Adam form. Every merge runs in a process of its own, whose peak memory is
-held against 6 x largest tensor (float32) x models + 500 MB.
+Three floors per method, of random matrices of the shapes it decomposes; each shape is measured
+once and counted as often as it occurs. `svd`: LAPACK's thin SVDs in float32. `triples`: the same
+singular triples through Gram matrices in float64, as the methods find them, by NumPy alone. `eigh`:
+of these only the eigenproblems. `ratio` is the whole merge, reading and writing included, over a
+floor. Times are CPU seconds, of one thread by default, which other work on the machine disturbs
+least; with --device they are seconds on the clock, and the floors are torch's. WUDI's closed form
+is compared with its Adam form. Every merge runs in a process of its own, whose peak memory is held
+against 6 x largest tensor (float32) x models + 500 MB.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from threadpoolctl import threadpool_limits
+
+from fusekit.methods.matrix import quadratic
+from fusekit.methods.matrix.iso import specific_directions
 
 MODELS = 4
 METHODS = ("tsv", "iso_c", "iso_cts", "opcm", "wudi")
+FLOORS = ("svd", "triples", "eigh")
+WITHOUT_EMBEDDINGS = ("opcm", "wudi")
+"""Methods that leave embeddings alone unless told otherwise."""
 
 
 def main() -> None:
@@ -43,18 +55,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fusekit-matrix-") as scratch:
         folder = Path(scratch)
         write_models(folder, shapes)
-        largest = max(int(np.prod(shape)) for shape in shapes.values())
-        total = sum(int(np.prod(shape)) for shape in shapes.values())
+        largest = max(map(math.prod, shapes.values()))
+        total = sum(map(math.prod, shapes.values()))
         print(f"{total / 1e6:.1f} M parameters, {MODELS} models, largest {largest / 1e6:.2f} M")
-        print(
-            f"{'method':14} {'merge s':>8} {'svd s':>8} {'ratio':>6} {'eigh s':>8} {'ratio':>6}"
-            f" {'peak MB':>8} {'bound MB':>9}"
-        )
-        alone = floors(shapes, options)
+        header = "".join(f" {name + ' s':>9} {'ratio':>6}" for name in FLOORS)
+        print(f"{'method':10} {'merge s':>8}{header} {'peak MB':>8} {'bound MB':>9}")
+        floors = Floors(options.device, options.threads)
         for method in options.methods:
-            run_one(folder, method, {}, options, shapes, alone)
+            run_one(folder, method, {}, options, shapes, floors)
         if "wudi" in options.methods:
-            run_one(folder, "wudi", {"solver": "adam"}, options, shapes, alone)
+            run_one(folder, "wudi", {"solver": "adam"}, options, shapes, floors)
             compare_losses(shapes)
 
 
@@ -96,10 +106,10 @@ def write_models(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 MERGE = """
 import json, resource, sys
-import numpy, torch
+import ml_dtypes, numpy, torch
 from fusekit import merge, merge_state_dicts
 recipe, out, threads, device = json.loads(sys.argv[1])
-warm = [{"w": numpy.eye(4, 5, dtype="f4") * i} for i in range(3)]
+warm = [{"w": (numpy.eye(4, 5) * i).astype(ml_dtypes.bfloat16)} for i in range(3)]
 merge_state_dicts(warm[1:], base=warm[0], method=recipe["merge_method"])
 report = merge(recipe, out, threads=threads, device=device)
 seconds = report.cpu_seconds if device == "cpu" else report.seconds
@@ -113,78 +123,96 @@ def run_one(
     parameters: dict[str, Any],
     options: argparse.Namespace,
     shapes: dict[str, tuple[int, ...]],
-    alone: tuple[float, float],
+    floors: Floors,
 ) -> None:
-    """One line of the table; `alone` are the seconds of one decomposition per matrix."""
+    """One line of the table."""
     recipe = {
         "merge_method": method,
         "base_model": str(folder / "base"),
         "models": [{"model": str(folder / f"model{i}")} for i in range(MODELS)],
-        "parameters": {"exclude": "embed", **parameters},
+        "parameters": parameters,
     }
-    label = "-".join([method, *map(str, parameters.values())])
-    given = json.dumps([recipe, str(folder / f"out-{label}"), options.threads, options.device])
+    out = folder / "out"
+    given = json.dumps([recipe, str(out), options.threads, options.device])
     done = subprocess.run(
         [sys.executable, "-c", MERGE, given], capture_output=True, text=True, check=True
     )
     seconds, peak = json.loads(done.stdout.splitlines()[-1])
-    svd, eigh = (decompositions(method) * floor for floor in alone)
-    largest = max(int(np.prod(shape)) for shape in shapes.values())
-    bound = 6 * 4 * largest * MODELS / 1e6 + 500
-    print(
-        f"{label:14} {seconds:8.2f} {svd:8.2f} {seconds / svd:6.2f} {eigh:8.2f} "
-        f"{seconds / eigh:6.2f} {peak:8.0f} {bound:9.0f}",
-        flush=True,
-    )
+    for made in (out, out.with_name("out.continual")):
+        shutil.rmtree(made, ignore_errors=True)
+    alone = dict.fromkeys(FLOORS, 0.0)
+    for name, shape in shapes.items():
+        if len(shape) == 2 and not (method in WITHOUT_EMBEDDINGS and "embed" in name):
+            for decomposed in decompositions(method, shape):
+                for floor, cost in zip(FLOORS, floors.of(decomposed), strict=True):
+                    alone[floor] += cost
+    bound = 6 * 4 * max(map(math.prod, shapes.values())) * MODELS / 1e6 + 500
+    compared = "".join(f" {cost:9.2f} {seconds / cost:6.2f}" for cost in alone.values())
+    label = "-".join([method, *map(str, parameters.values())])
+    print(f"{label:10} {seconds:8.2f}{compared} {peak:8.0f} {bound:9.0f}", flush=True)
 
 
-def decompositions(method: str) -> int:
-    """Dense decompositions per matrix, those of polar factors included."""
-    return {
-        "tsv": MODELS + 2,
-        "iso_c": 1,
-        "iso_cts": MODELS + 3,
-        "opcm": MODELS - 1,
-        "wudi": 1,
-    }[method]
+def decompositions(method: str, shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Shapes of all that is decomposed to merge a matrix, the polar factors included."""
+    rows, columns = shape
+    rank = min(shape)
+    polar = [(rows, rank), (columns, rank)]
+    if method == "tsv":
+        return [(rows, columns)] * MODELS + polar
+    if method == "iso_cts":
+        own = specific_directions(rank, MODELS, 0.8) * MODELS
+        residual = (own, columns) if rows <= columns else (rows, columns)
+        return [(rows, columns), *[residual] * MODELS, *polar]
+    if method == "wudi":
+        return [(MODELS * rows, columns)]
+    return [(rows, columns)] * (MODELS - 1 if method == "opcm" else 1)
 
 
-def floors(shapes: dict[str, tuple[int, ...]], options: argparse.Namespace) -> tuple[float, float]:
-    """Seconds of every matrix decomposed once: thin SVDs, eigenproblems of the smaller side."""
-    import torch
+class Floors:
+    """Seconds of decompositions by shape, measured once each."""
 
-    torch.set_num_threads(options.threads)
-    generator = torch.Generator().manual_seed(0)
-    matrices = [
-        torch.randn(shape, generator=generator).to(options.device)
-        for name, shape in shapes.items()
-        if len(shape) == 2 and "embed" not in name
-    ]
-    grams = [(m if m.shape[0] <= m.shape[1] else m.T).double() for m in matrices]
-    grams = [m @ m.T for m in grams]
-    svd = _seconds(matrices, lambda m: torch.linalg.svd(m, full_matrices=False), options.device)
-    eigh = _seconds(grams, torch.linalg.eigh, options.device)
-    return svd, eigh
+    def __init__(self, device: str, threads: int) -> None:
+        torch.set_num_threads(threads)
+        threadpool_limits(threads, user_api="blas")
+        self._device = device
+        self._known: dict[tuple[int, int], tuple[float, ...]] = {}
+        self._measured((64, 32))  # a library's first call is slow
 
+    def of(self, shape: tuple[int, int]) -> tuple[float, ...]:
+        """Of a thin SVD, of the same through a Gram matrix, and of the eigenproblem in that."""
+        if shape not in self._known:
+            self._known[shape] = self._measured(shape)
+        return self._known[shape]
 
-def _seconds(matrices: Iterable[Any], function: Callable[[Any], Any], device: str) -> float:
-    import torch
+    def _measured(self, shape: tuple[int, int]) -> tuple[float, ...]:
+        matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(self._device)
+        single, wide, eigh = self._numerics(matrix)
+        if shape[0] < shape[1]:
+            single, wide = single.T, wide.T
+        gram = wide.T @ wide
+        svd = self._seconds(lambda: torch.linalg.svd(matrix, full_matrices=False))
+        squared = self._seconds(lambda: wide.T @ wide)
+        solved = self._seconds(lambda: eigh(gram))
+        applied = self._seconds(lambda: single @ single[: min(shape)])
+        return svd, squared + solved + applied, solved
 
-    clock = time.process_time if device == "cpu" else time.perf_counter
-    begun = clock()
-    for matrix in matrices:
-        function(matrix)
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return clock() - begun
+    def _numerics(self, matrix: torch.Tensor) -> tuple[Any, Any, Callable[[Any], Any]]:
+        """The matrix in float32 and float64 and the eigensolver, of the faster library there is."""
+        if self._device != "cpu":
+            return matrix, matrix.double(), torch.linalg.eigh
+        return matrix.numpy(), matrix.double().numpy(), np.linalg.eigh
+
+    def _seconds(self, function: Callable[[], Any]) -> float:
+        clock = time.process_time if self._device == "cpu" else time.perf_counter
+        begun = clock()
+        function()
+        if self._device != "cpu":
+            torch.cuda.synchronize()
+        return clock() - begun
 
 
 def compare_losses(shapes: dict[str, tuple[int, ...]]) -> None:
     """WUDI's loss after 300 Adam steps and in closed form, relative to that of the sum."""
-    import torch
-
-    from fusekit.methods.matrix import quadratic
-
     shape = next(s for n, s in shapes.items() if "up_proj" in n)
     generator = torch.Generator().manual_seed(0)
     deltas = [0.005 * torch.randn(shape, generator=generator).double() for _ in range(MODELS)]
