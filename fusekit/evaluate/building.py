@@ -125,6 +125,15 @@ def once(folder: Path, about: Mapping[str, Any], make: Callable[[Path], None]) -
     return True
 
 
+def suite_name(kind: str, seed: int, settings: Settings) -> str:
+    """`digits-seed_1-width_24`: what was built, and what is not the default about it.
+
+    A study wants the names of its suites to differ.
+    """
+    chosen = {"seed": seed, **settings} if seed else settings
+    return "-".join([kind, *(f"{key}_{value}" for key, value in sorted(chosen.items()))])
+
+
 def write_suite(out: Path, content: Mapping[str, Any]) -> None:
     """Write `out/suite.yml`: the keys that `load_suite` reads, paths relative to `out`."""
     import yaml

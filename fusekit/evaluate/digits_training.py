@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fusekit.errors import FusekitError
 from fusekit.evaluate import digits
-from fusekit.evaluate.building import MULTITASK, once, write_suite
+from fusekit.evaluate.building import MULTITASK, once, suite_name, write_suite
 from fusekit.evaluate.digits import LAYER_NORM_EPS, PRETRAINING_TASK, TASKS
 from fusekit.evaluate.pretrained import one_thread
 from fusekit.evaluate.suite import Calibration, Settings, only_known
@@ -197,14 +197,18 @@ def build(
     write_suite(
         out,
         {
-            "name": "-".join(["digits", *(f"{k}_{v}" for k, v in sorted(settings.items()))]),
+            "name": suite_name("digits", seed, settings),
             "evaluator": "digits",
             "base": "base",
             "experts": {task: f"expert_{task}" for task in TASKS},
             "references": {MULTITASK: MULTITASK},
             "forgetting": [PRETRAINING_TASK, *HELD_OUT],
             "shared_examples": True,
-            "axes": {"size": plan.parameters, "base_quality": plan.pretraining_steps},
+            "axes": {
+                "size": plan.parameters,
+                "base_quality": plan.pretraining_steps,
+                "seed": seed,
+            },
             "settings": {"examples": "suite.safetensors", "base": "base"},
         },
     )

@@ -130,8 +130,9 @@ class Suite:
         tuning, reporting: splits for choosing parameters and for the table.
         shared_examples: tasks look at the same examples, in the same order.
         average: how a task's score is made from its examples' scores.
-        axes: what a study compares suites by, such as `size` (parameters) and `base_quality`;
-            numbers that grow with it.
+        axes: what a study compares suites by, such as `size` (parameters) and `base_quality`,
+            numbers that grow with it; suites that differ in another one (`seed`) are compared
+            among their like only.
     """
 
     name: str

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fusekit.errors import FusekitError, MissingExtraError
-from fusekit.evaluate.building import MULTITASK, once, write_suite
+from fusekit.evaluate.building import MULTITASK, once, suite_name, write_suite
 from fusekit.evaluate.pretrained import one_thread
 from fusekit.evaluate.suite import Settings, only_known
 from fusekit.evaluate.vision import (
@@ -103,7 +103,7 @@ def build(
     write_suite(
         out,
         {
-            "name": "-".join(["vision", *(f"{k}_{v}" for k, v in sorted(settings.items()))]),
+            "name": suite_name("vision", seed, settings),
             "evaluator": "vision",
             "base": "base",
             "experts": {task: f"experts/{task}" for task in folders if task != PRETRAINING_TASK},
@@ -112,6 +112,7 @@ def build(
             "axes": {
                 "size": sum(p.numel() for p in backbone(out / "base").parameters()),
                 "base_quality": plan.pretraining_steps,
+                "seed": seed,
             },
             "settings": {
                 "images": str(images.relative_to(out)),

@@ -67,7 +67,7 @@ def test_images_and_labels_are_scikit_learns_digits() -> None:
 def test_a_built_suite_has_experts_a_multitask_model_and_held_out_tasks(built: Path) -> None:
     suite = load_suite(built)
     assert suite.tasks == digits.TASKS
-    assert suite.axes == {"size": 10592, "base_quality": 60}
+    assert suite.axes == {"size": 10592, "base_quality": 60, "seed": 0}
     result = run_suite(suite, ["linear"], built.parent / "out", budget=1, resamples=50)
     for task, scores in result.experts.items():
         assert scores[task] == max(each[task] for each in result.experts.values())

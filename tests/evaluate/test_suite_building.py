@@ -12,7 +12,7 @@ import pytest
 
 from fusekit.errors import FusekitError
 from fusekit.evaluate import building, digits
-from fusekit.evaluate.building import build_suite, once, write_suite
+from fusekit.evaluate.building import build_suite, once, suite_name, write_suite
 from fusekit.evaluate.suite import Settings, load_suite, only_known
 
 
@@ -54,6 +54,12 @@ def test_an_interrupted_build_makes_only_what_is_missing(tmp_path: Path) -> None
     path = build_suite("copies", tmp_path, on_progress=made.append)
     assert made == ["base", *digits.TASKS]
     assert load_suite(path).tasks == digits.TASKS
+
+
+def test_names_of_suites_tell_what_is_not_the_default_and_differ_by_seed() -> None:
+    assert suite_name("digits", 0, {}) == "digits"
+    assert suite_name("digits", 2, {"width": 24}) == "digits-seed_2-width_24"
+    assert suite_name("digits", 0, {"width": 24, "layers": 4}) == "digits-layers_4-width_24"
 
 
 def test_models_made_otherwise_are_not_taken(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 from collections.abc import Callable
@@ -127,6 +128,25 @@ def test_planted_findings_are_found() -> None:
     best = found["the most experts on the best and largest base beat multitask training held-out"]
     assert (best.pairs, best.holding) == (2, 2)
     assert found["a larger model: more held-out"].verdict == "undecided"
+
+
+def test_suites_of_another_seed_are_further_pairs_compared_among_themselves() -> None:
+    def held_in(size: float, quality: float, count: int, method: str) -> float:
+        return 1 + 0.01 * size - 0.1 * count
+
+    cells = [
+        dataclasses.replace(
+            each,
+            suite=f"{each.suite}-{seed}",
+            axes={**each.axes, "seed": seed},
+            held_in=each.held_in + 5 * seed,
+        )
+        for seed in (0.0, 1.0)
+        for each in grid(held_in)
+    ]
+    found = {each.statement: each for each in findings(cells)}["a larger model: more held-in"]
+    assert (found.verdict, found.pairs) == ("pass", 2 * 2 * 3 * 2)
+    assert found.effect == pytest.approx(0.1)
 
 
 def test_reversed_findings_fail_and_noise_is_undecided() -> None:
