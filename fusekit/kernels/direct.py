@@ -439,13 +439,13 @@ def count_brackets(
             model, first = bits[brackets[k, 0], begin:stop], bins[brackets[k, 4] :]
             low, high, shift = brackets[k, 1], brackets[k, 2], brackets[k, 3]
             if stop - begin == CHUNK:
-                over = np.uint64(0)
+                over = 0
                 for word in range(lanes.WORDS):
                     at = word * lanes.LANES
                     higher, at_least = lanes.compare_deltas(model, base, at, low, high)
                     over += lanes.count_bits(higher)
                     masks[word] = at_least & ~higher
-                above[k] += np.int64(over)
+                above[k] += over
                 for number in range(lanes.list_bits(masks, work, inside)):
                     i = inside[number]
                     first[np.uint32(_key(model[i], base[i]) - low) >> shift] += 1

@@ -24,6 +24,7 @@ CHUNK = LANES * WORDS
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 _WIDE = ir.VectorType(_I32, LANES)
+_MASKS: Any = types.UniTuple(types.uint64, 2)  # type: ignore[no-untyped-call]
 
 
 def _repeated(builder: Any, value: Any) -> Any:
@@ -83,7 +84,7 @@ def _compare_keys(typingctx: Any, keys: Any, start: Any, low: Any, high: Any) ->
         masks = _compared(builder, vector, arguments[2], arguments[3])
         return context.make_tuple(builder, signature.return_type, masks)
 
-    return types.UniTuple(types.uint64, 2)(keys, types.intp, keys.dtype, keys.dtype), build
+    return _MASKS(keys, types.intp, keys.dtype, keys.dtype), build
 
 
 def _compare_deltas(typingctx: Any, model: Any, base: Any, start: Any, low: Any, high: Any) -> Any:
@@ -95,8 +96,7 @@ def _compare_deltas(typingctx: Any, model: Any, base: Any, start: Any, low: Any,
         masks = _compared(builder, keys, arguments[3], arguments[4])
         return context.make_tuple(builder, signature.return_type, masks)
 
-    pair = types.UniTuple(types.uint64, 2)
-    return pair(model, base, types.intp, types.uint32, types.uint32), build
+    return _MASKS(model, base, types.intp, types.uint32, types.uint32), build
 
 
 def _count_bits(typingctx: Any, mask: Any) -> Any:
@@ -105,7 +105,7 @@ def _count_bits(typingctx: Any, mask: Any) -> Any:
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.ctpop(arguments[0])
 
-    return types.uint64(types.uint64), build
+    return types.int64(types.uint64), build
 
 
 def _lowest_bit(typingctx: Any, mask: Any) -> Any:
@@ -134,22 +134,20 @@ def list_bits(masks: Array, work: Array, found: Array) -> int:
 
     Without a branch that depends on the bits: where few are set, none could be foreseen.
     """
-    words = 0
-    total = np.uint64(0)
+    words, count = 0, 0
     for word in range(WORDS):
         mask = masks[word]
-        total += count_bits(mask)
+        count += count_bits(mask)
         masks[words] = mask
         work[words] = LANES * word
-        words += np.int64(mask != np.uint64(0))
-    count = np.int64(total)
+        words += int(mask != np.uint64(0))
     if count == 0:
         return 0
     word, mask = 0, masks[0]
     for number in range(count):
         found[number] = work[word] + lowest_bit(mask)
         mask &= np.uint64(mask - np.uint64(1))
-        word += np.int64(mask == np.uint64(0))
+        word += int(mask == np.uint64(0))
         following = masks[min(word, WORDS - 1)]
         mask = following if mask == np.uint64(0) else mask
     return count

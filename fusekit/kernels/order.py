@@ -46,13 +46,13 @@ def count_bracket(keys: Array, low: Any, high: Any, shift: Any, bins: Array) -> 
     above: int = 0
     whole = keys.size // lanes.CHUNK * lanes.CHUNK
     for start in range(0, whole, lanes.CHUNK):
-        over = np.uint64(0)
+        over = 0
         for word in range(lanes.WORDS):
             at = start + word * lanes.LANES
             higher, at_least = lanes.compare_keys(keys, at, low, high)
             over += lanes.count_bits(higher)
             masks[word] = at_least & ~higher
-        above += np.int64(over)
+        above += over
         for number in range(lanes.list_bits(masks, work, inside)):
             bins[(keys[start + inside[number]] - low) >> shift] += 1
     for key in keys[whole:]:
@@ -110,7 +110,7 @@ def select(keys: Array, ranks: Array, work: Array, out: Array) -> None:
         count = 0
         for key in keys:
             work[count] = key
-            count += np.int64(np.int64(key >> np.uint64(width - _DIGIT)) == digit)
+            count += int(np.int64(key >> np.uint64(width - _DIGIT)) == digit)
         out[j] = _select_rest(work[:count], ranks[j] - before, width - _DIGIT)
 
 
@@ -131,7 +131,7 @@ def _select_rest(keys: Array, rank: int, width: int) -> Any:
         for i in range(count):
             key = keys[i]
             keys[members] = key
-            members += np.int64((np.int64(key >> shift) & mask) == digit)
+            members += int((np.int64(key >> shift) & mask) == digit)
         count, width = members, width - step
     return keys[0]
 
