@@ -175,6 +175,8 @@ def _build(
     if config is not None:
         _refuse_unsupported(config, label)
     grouped, replacements = _group(names.keys, label)
+    if not grouped and not replacements:
+        raise CheckpointError(f"{label}: holds no tensors, expected the factors of a LoRA adapter")
     specs = {}
     for module, keys in grouped.items():
         name, spec = _spec(source, module, keys, config, names.alphas.get(module), label)

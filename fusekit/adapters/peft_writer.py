@@ -75,8 +75,9 @@ class AdapterWriter:
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        taken = self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir()))
-        if taken and not overwrite:
+        if self.folder.exists() and not self.folder.is_dir():
+            raise CheckpointError(f"{folder}: is a file, expected a folder or nothing")
+        if self.folder.exists() and any(self.folder.iterdir()) and not overwrite:
             raise CheckpointError(f"{folder}: already exists; adapters are written to new folders")
         self._config = dict(config or {})
         self._provenance = provenance

@@ -23,7 +23,9 @@ def partial_folder(target: Path) -> Path:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists or cannot be created, before any work."""
-    if target.exists() and not overwrite and not (target.is_dir() and not any(target.iterdir())):
+    if target.exists() and not target.is_dir():
+        raise FusekitError(f"{target}: is a file, expected a folder or nothing")
+    if target.exists() and not overwrite and any(target.iterdir()):
         raise FusekitError(f"{target}: already exists; choose another output or pass --overwrite")
     existing = existing_parent(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):

@@ -317,6 +317,8 @@ def pack(
         loaded, out, directions=directions, ratio=ratio, align=align, provenance=provenance
     )
     _print_pack(out, report)
+    if directions is not None and directions > report.directions:
+        typer.echo(f"note: {report.directions} directions are exact, more were not kept", err=True)
 
 
 @app.command()

@@ -463,6 +463,17 @@ def test_writing_refuses_what_peft_could_not_load(tmp_path):
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(CheckpointError, match="already exists"):
         write_adapter(random_adapter(1, {"q.weight": (3, 3)}), tmp_path / "taken")
+    (tmp_path / "file").write_text("kept")
+    with pytest.raises(CheckpointError, match="file: is a file, expected a folder or nothing"):
+        write_adapter(random_adapter(1, {"q.weight": (3, 3)}), tmp_path / "file", overwrite=True)
+    assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path):
+    write_adapter(random_adapter(1, {"q.weight": (3, 3)}), tmp_path / "a")
+    save_file({}, tmp_path / "a" / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="a: holds no tensors, expected the factors of a"):
+        load_adapter(tmp_path / "a")
 
 
 def test_modules_to_save_are_named_by_the_hint_that_covers_them(tmp_path):

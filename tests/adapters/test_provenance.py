@@ -133,6 +133,13 @@ def test_a_second_run_is_refused_unless_it_may_replace_the_first(folder):
     assert sorted(p.name for p in folder.iterdir()) == ["out", "task0", "task1"]
 
 
+def test_a_file_is_never_replaced_by_a_folder(folder):
+    (folder / "out").write_text("kept")
+    with pytest.raises(FusekitError, match="out: is a file, expected a folder or nothing"):
+        merge(folder, "--overwrite")
+    assert (folder / "out").read_text() == "kept"
+
+
 def test_what_a_killed_run_left_is_replaced(folder):
     (folder / "out.partial").mkdir()
     (folder / "out.partial/stale.safetensors").write_bytes(b"half")
