@@ -19,7 +19,7 @@ from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
 from fusekit.evaluate.settings import only_file
-from fusekit.evaluate.suite import Calibration, Settings
+from fusekit.evaluate.suite import Calibration, Settings, no_training_examples
 
 BATCH = 32
 """Windows in one forward pass."""
@@ -66,6 +66,8 @@ class PerplexityEvaluator:
         """A language model, and windows it was trained on; an evaluator that `Calibrates`."""
         import torch
 
+        if f"train.{task}" not in self._windows:
+            raise no_training_examples(self._path, task)
         windows = self._of("train", task)
         model = self._model(checkpoint, int(windows.max()))
         batches = [

@@ -62,7 +62,7 @@ def run_suite(
     calibrates = isinstance(suite.evaluator, Calibrates)
     chosen, skipped = choose_methods(methods, len(suite.experts), calibrates)
     if not chosen:
-        reasons = "; ".join(f"{skip.method} {skip.reason}" for skip in skipped)
+        reasons = "; ".join(f"{skip.method} {skip.reason}" for skip in skipped) or "none named"
         raise FusekitError(f"suite {suite.name!r}: no method to run ({reasons})")
     say = on_progress or (lambda name: None)
     with Workers(threads) if workers is None else nullcontext(workers) as merging:

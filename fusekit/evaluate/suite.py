@@ -90,6 +90,14 @@ class Calibrates(Protocol):
         """
 
 
+def no_training_examples(path: Path, task: str) -> FusekitError:
+    """What an evaluator raises whose file has none for a task."""
+    return FusekitError(
+        f"{path}: no training examples of {task!r} for methods that need data; build the suite "
+        "again: nothing that is there is trained again"
+    )
+
+
 class EvaluatorFactory(Protocol):
     """Makes an evaluator from a suite's settings."""
 

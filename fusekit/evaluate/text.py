@@ -22,7 +22,7 @@ from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.evaluate.checkpoints import read_tensor
 from fusekit.evaluate.pretrained import file_digest, load_pretrained, one_thread
 from fusekit.evaluate.settings import only_file
-from fusekit.evaluate.suite import Calibration, Settings
+from fusekit.evaluate.suite import Calibration, Settings, no_training_examples
 
 BATCH = 32
 """Sentences in one forward pass."""
@@ -89,6 +89,8 @@ class SentenceEvaluator:
         """An encoder under a task's head, and training examples; an evaluator that `Calibrates`."""
         import torch
 
+        if f"train.{task}.labels" not in self._held:
+            raise no_training_examples(self._path, task)
         known, head = self.examples("train", task), self.head(task)
         model = load_pretrained("AutoModel", checkpoint)
         # A hook, not a module around it: statistics go by the names of the encoder's own modules.

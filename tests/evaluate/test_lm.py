@@ -122,13 +122,21 @@ def test_methods_that_need_data_run_on_training_windows(
     from fusekit.evaluate.suite import load_suite
 
     suite = load_suite(built / "suite.yml")
-    monkeypatch.setitem(suite.evaluator._windows, "train.plays", WINDOWS[:4])  # type: ignore[attr-defined]
+    windows = suite.evaluator._windows  # type: ignore[attr-defined]
+    for domain in lm_building.DOMAINS:
+        monkeypatch.setitem(windows, f"train.{domain}", windows[f"train.{domain}"][:4])
     methods = ["fisher", "regmean", "regmean_plus_plus", "localize_and_stitch_learned"]
     result = run_suite(suite, methods, tmp_path, budget=1, resamples=20)
     assert result.failed == {}
     assert [row.method for row in result.rows] == methods
     assert all(row.measuring_seconds > 0 for row in result.rows)
     assert set(result.references) == {"base", "multitask"}
+
+
+def test_a_suite_without_training_windows_says_to_build_it_again(tmp_path: Path) -> None:
+    evaluator = lm.evaluator({"windows": windows_file(tmp_path).name}, tmp_path)
+    with pytest.raises(FusekitError, match=r"no training examples of 'words'.*build the suite"):
+        evaluator.calibration(tmp_path, "words")
 
 
 def test_windows_to_measure_on_are_of_the_training_split(data: Path, built: Path) -> None:

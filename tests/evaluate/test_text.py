@@ -149,6 +149,17 @@ def test_methods_that_need_data_run_on_training_examples(built: Path, tmp_path: 
     assert all(row.measuring_seconds > 0 for row in result.rows)
 
 
+def test_a_suite_without_training_examples_says_to_build_it_again(
+    built: Path, tmp_path: Path
+) -> None:
+    tensors = load_file(built / "data.safetensors")
+    kept = {name: value for name, value in tensors.items() if not name.startswith("train.")}
+    save_file(kept, tmp_path / "data.safetensors")
+    evaluator = text.evaluator({"data": "data.safetensors"}, tmp_path)
+    with pytest.raises(FusekitError, match=r"no training examples of 'sst2'.*build the suite"):
+        evaluator.calibration(built / "sst2", "sst2")
+
+
 def test_calibration_gives_logits_of_the_head_on_examples_that_were_trained_on(
     built: Path, data: Path
 ) -> None:
