@@ -105,7 +105,7 @@ def write_models(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 MERGE = """
-import json, resource, sys
+import json, sys
 import ml_dtypes, numpy, torch
 from fusekit import merge, merge_state_dicts
 recipe, out, threads, device = json.loads(sys.argv[1])
@@ -113,7 +113,7 @@ warm = [{"w": (numpy.eye(4, 5) * i).astype(ml_dtypes.bfloat16)} for i in range(3
 merge_state_dicts(warm[1:], base=warm[0], method=recipe["merge_method"])
 report = merge(recipe, out, threads=threads, device=device)
 seconds = report.cpu_seconds if device == "cpu" else report.seconds
-print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
+print(json.dumps([seconds, report.peak_rss / 1e6]))
 """
 
 
