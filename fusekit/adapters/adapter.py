@@ -215,12 +215,14 @@ def half_precision(arrays: Iterable[Array]) -> bool:
     return all(array.dtype.itemsize <= 2 for array in arrays)
 
 
-def joined(arrays: Sequence[Array], axis: int) -> Float:
-    """The arrays one after the other along an axis, in float32, as an array of its own."""
-    if all(array.dtype.name == "bfloat16" for array in arrays):
-        bits = np.concatenate([array.view(np.uint16) for array in arrays], axis)
-        return to_float32(bits.view(arrays[0].dtype))
-    return np.concatenate(arrays, axis, dtype=np.float32)
+def joined(arrays: Sequence[Array], axis: int) -> Array:
+    """The arrays one after the other along an axis: in their own type, or in float32 where they
+    differ."""
+    dtype = common_dtype(arrays)
+    if dtype.name == "bfloat16":  # whose copies are slow
+        bits: Array = np.concatenate([array.view(np.uint16) for array in arrays], axis)
+        return bits.view(dtype)
+    return np.concatenate(arrays, axis, dtype=dtype)
 
 
 def widen(array: Array, out: Float) -> None:

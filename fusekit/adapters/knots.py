@@ -13,7 +13,7 @@ import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
 from fusekit.adapters.adapter import half_precision, joined, to_float32
-from fusekit.adapters.linalg import balance, gram_matrix, gram_svd, orthogonalize
+from fusekit.adapters.linalg import balance, gram_matrix, gram_svd, orthogonalize, tall_product
 
 Array = npt.NDArray[Any]
 Double = npt.NDArray[np.float64]
@@ -66,9 +66,8 @@ class Aligned:
     def basis(self, B: Sequence[Array]) -> Array:
         """U (out, k), orthonormal columns, from the sources' B (out, rank_i)."""
         stacked = joined(B, axis=1)
-        if half_precision(B):
-            return np.asarray(stacked @ self.turn.astype(np.float32))
-        return (stacked.astype(np.float64) @ self.turn).astype(np.float32)
+        dtype = np.float32 if half_precision((stacked,)) else np.float64
+        return tall_product(stacked, self.turn, dtype)
 
     def blocks(self, A: Sequence[Array], sources: Sequence[int]) -> Iterator[Block]:
         """The coordinates `diag(S) @ V_i` of all sources, some columns at a time.
@@ -133,7 +132,7 @@ class _Grams:
         spans = [slice(i, j) for i, j in itertools.pairwise(edges)]
         total = np.zeros((edges[-1], edges[-1]))
         for span, (a, _, s) in zip(spans, parts, strict=True):
-            total[span, span] = s * s * gram_matrix(to_float32(a).T, dtype)
+            total[span, span] = s * s * gram_matrix(a.T, dtype)
         scale = np.concatenate([np.full(len(a), s, np.float64) for a, _, s in parts])
         stacked = joined([b for _, b, _ in parts], axis=1)
         return cls(gram_matrix(stacked, dtype), total, scale, spans)

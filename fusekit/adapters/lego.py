@@ -11,8 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.adapters.adapter import half_precision, joined
-from fusekit.adapters.linalg import balance, gram_matrix
+from fusekit.adapters.adapter import half_precision, joined, to_float32
+from fusekit.adapters.linalg import balance, gram_matrix, repeated_coefficients, tall_product
 
 Array = npt.NDArray[Any]
 
@@ -96,8 +96,8 @@ class _Pieces:
     """Rank-1 pieces `(on_a A[j], on_b B[:, j])`: scaled wherever they are used, never as a whole.
 
     Attributes:
-        A: (n, in) float32.
-        B: (out, n) float32.
+        A: (n, in).
+        B: (out, n).
         on_a, on_b: (n,) factors of the rows of A and the columns of B.
         gram_a, gram_b: products of all pairs of scaled halves.
     """
@@ -112,13 +112,11 @@ class _Pieces:
     @classmethod
     def pooled(cls, parts: Sequence[tuple[Array, Array, float]]) -> _Pieces:
         """The pieces of all sources, in their order."""
-        halves = half_precision([factor for a, b, _ in parts for factor in (a, b)])
-        dtype = np.float32 if halves else np.float64
         A, B = joined([a for a, _, _ in parts], axis=0), joined([b for _, b, _ in parts], axis=1)
-        ranks = [len(a) for a, _, _ in parts]
-        coefficients = np.repeat([coefficient for _, _, coefficient in parts], ranks)
+        coefficients = repeated_coefficients(parts)
         on_b = np.sqrt(np.abs(coefficients))
         on_a = np.copysign(on_b, coefficients)
+        dtype = np.float32 if half_precision((A, B)) else np.float64
         grams = gram_matrix(A.T, dtype), gram_matrix(B, dtype)
         return cls(A, B, np.ones_like(on_a), np.ones_like(on_b), *grams).scaled(on_a, on_b)
 
@@ -157,9 +155,8 @@ class _Pieces:
 
     def means(self, shares: Array) -> tuple[Array, Array]:
         """Weighted sums of pieces, (k, in) and (out, k), for weights (k, n)."""
-        A = (shares * self.on_a).astype(np.float32) @ self.A
-        B = self.B @ (shares * self.on_b).astype(np.float32).T
-        return A, B
+        A = tall_product(self.A.T, (shares * self.on_a).T, np.float32).T
+        return A, tall_product(self.B, (shares * self.on_b).T, np.float32)
 
     def norms(self, norm: Literal["linf", "l2"]) -> Array:
         """The norm of every piece, its halves end to end."""
@@ -170,7 +167,10 @@ class _Pieces:
 
 
 def _largest(matrix: Array, axis: int) -> Array:
-    """The largest magnitude along an axis."""
+    """The largest magnitude along an axis, in float32; of bfloat16 by its bits."""
+    if matrix.dtype.name == "bfloat16":
+        bits = np.bitwise_and(matrix.view(np.uint16), 0x7FFF).max(axis=axis)
+        return to_float32(bits.view(matrix.dtype))
     return np.asarray(np.maximum(matrix.max(axis=axis), -matrix.min(axis=axis)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fusekit.adapters.adapter import joined
+from fusekit.adapters.adapter import half_precision, joined, to_float32
 from fusekit.errors import FusekitError
 
 Array = npt.NDArray[Any]
@@ -104,40 +104,55 @@ def gram_matrix(tall: Array, dtype: type[np.floating[Any]] = np.float64) -> Doub
     """`M.T @ M` in float64, from pieces that fit the cache, multiplied in `dtype`."""
     total = np.zeros((tall.shape[1], tall.shape[1]))
     for start in range(0, tall.shape[0], CACHED_ROWS):
-        piece = tall[start : start + CACHED_ROWS].astype(dtype, copy=False)
+        piece = _widened(tall[start : start + CACHED_ROWS], dtype)
         total += piece.T @ piece
     return total
 
 
-def _wide_product(tall: Array, narrow: Double, dtype: type[np.floating[Any]]) -> Array:
+def tall_product(tall: Array, narrow: Array, dtype: type[np.floating[Any]]) -> Array:
     """`M @ narrow`, multiplied in `dtype`, kept in float32 (or M's type if that is wider)."""
     narrow = narrow.astype(dtype)
     if tall.dtype == dtype:
         return np.asarray(tall @ narrow)
-    out = np.empty((tall.shape[0], narrow.shape[1]), np.result_type(tall.dtype, np.float32))
+    kept = np.float64 if tall.dtype == np.float64 else np.float32
+    out = np.empty((tall.shape[0], narrow.shape[1]), kept)
     for start in range(0, tall.shape[0], CACHED_ROWS):
         rows = slice(start, start + CACHED_ROWS)
-        out[rows] = tall[rows].astype(dtype, copy=False) @ narrow
+        out[rows] = _widened(tall[rows], dtype) @ narrow
     return out
 
 
+def _widened(piece: Array, dtype: type[np.floating[Any]]) -> Array:
+    """A piece of a tall matrix in `dtype`, laid out in memory as it was."""
+    if piece.dtype.itemsize <= 2:
+        lies = piece.strides[0] < piece.strides[1]
+        piece = to_float32(piece.T).T if lies else to_float32(piece)
+    return piece.astype(dtype, copy=False)
+
+
 def product_svd(
-    B: Array, A: Array, rank: int | None = None, *, half_precision: bool = False
+    B: Array, A: Array, rank: int | None = None, coefficients: Array | None = None
 ) -> ThinSvd:
     """Thin SVD of `B @ A` without forming it: O((out + in) q^2) for B (out, q), A (q, in).
 
     See `gram_svd`; factors that depend on each other too closely for it are orthogonalised first.
+    Products of factors in half precision are multiplied in float32, see `half_precision`.
 
     Args:
         rank: keep at most this many triples.
-        half_precision: the factors' values come from bfloat16 or float16, so that sums of their
-            products in float32 are as much finer than they as float64 is than float32.
+        coefficients: (q,) multipliers of the rows of A.
     """
-    if half_precision:
-        found = _svd_by_eigenvectors(B, A, rank, np.float32)
+    if half_precision((B, A)):
+        found = _svd_by_eigenvectors(B, A, rank, coefficients, np.float32)
         if found is not None:
             return found
-    return _svd_by_eigenvectors(B, A, rank, np.float64) or _svd_by_core(B, A, rank)
+    found = _svd_by_eigenvectors(B, A, rank, coefficients, np.float64)
+    if found is not None:
+        return found
+    A, B = (to_float32(x) if x.dtype.itemsize <= 2 else x for x in (A, B))
+    if coefficients is not None:
+        A = A * coefficients[:, None].astype(A.dtype)
+    return _svd_by_core(B, A, rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +199,20 @@ def gram_svd(
 
 
 def _svd_by_eigenvectors(
-    B: Array, A: Array, rank: int | None, dtype: type[np.floating[Any]]
+    B: Array,
+    A: Array,
+    rank: int | None,
+    coefficients: Array | None,
+    dtype: type[np.floating[Any]],
 ) -> ThinSvd | None:
     """See `product_svd`; None where `gram_svd` gives none."""
-    found = gram_svd(gram_matrix(B, dtype), gram_matrix(A.T, dtype), dtype, rank)
+    on_a = np.ones(A.shape[0]) if coefficients is None else coefficients.astype(np.float64)
+    gram_a = gram_matrix(A.T, dtype) * np.outer(on_a, on_a)
+    found = gram_svd(gram_matrix(B, dtype), gram_a, dtype, rank)
     if found is None:
         return None
-    U = _wide_product(B, found.left, dtype)
-    V = _wide_product(A.T, found.right, dtype)
+    U = tall_product(B, found.left, dtype)
+    V = tall_product(A.T, on_a[:, None] * found.right, dtype)
     return ThinSvd(U, found.S, V.T)
 
 
@@ -201,8 +222,8 @@ def _svd_by_core(B: Array, A: Array, rank: int | None) -> ThinSvd:
     core = _core(B, A)
     u, s, vt = np.linalg.svd(core.left.R @ core.right.R.T, full_matrices=False)
     u, s, vt = u[:, :rank], s[:rank], vt[:rank]
-    U = _wide_product(B, core.left.basis @ u, np.float64)
-    V = _wide_product(A.T, core.right.basis @ vt.T, np.float64)
+    U = tall_product(B, core.left.basis @ u, np.float64)
+    V = tall_product(A.T, core.right.basis @ vt.T, np.float64)
     return ThinSvd(U, s, V.T)
 
 
@@ -332,7 +353,12 @@ def stack_factors(parts: Sequence[tuple[Array, Array, float]]) -> tuple[Array, A
 
     The coefficient goes on A, as in PEFT's `cat`.
     """
-    A = joined([a for a, _, _ in parts], axis=0)
-    coefficients = np.asarray([coefficient for _, _, coefficient in parts], np.float32)
-    A *= np.repeat(coefficients, [len(a) for a, _, _ in parts])[:, None]
-    return A, joined([b for _, b, _ in parts], axis=1)
+    A = to_float32(joined([a for a, _, _ in parts], axis=0))
+    A *= repeated_coefficients(parts).astype(np.float32)[:, None]
+    return A, to_float32(joined([b for _, b, _ in parts], axis=1))
+
+
+def repeated_coefficients(parts: Sequence[tuple[Array, Array, float]]) -> Double:
+    """Every part's coefficient as often as its rank."""
+    ranks = [len(a) for a, _, _ in parts]
+    return np.repeat(np.asarray([c for _, _, c in parts], np.float64), ranks)

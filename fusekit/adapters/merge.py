@@ -16,7 +16,7 @@ from fusekit.adapters.adapter import (
     Array,
     LoraModule,
     common_dtype,
-    half_precision,
+    joined,
     same_bits,
     to_float32,
     widen,
@@ -40,6 +40,7 @@ from fusekit.adapters.linalg import (
     product_singular_values,
     product_svd,
     randomized_svd,
+    repeated_coefficients,
     stack_factors,
 )
 from fusekit.adapters.peft_format import read_array
@@ -573,9 +574,9 @@ def _delta_space(
     rank = options.rank or max(part.A.shape[0] for part in parts)
     plain = combination == Combination()
     if plain and all(part.dense is None for part in parts):
-        A, B = stack_factors(_low_rank(name, parts))
-        halves = half_precision([factor for part in parts for factor in (part.A, part.B)])
-        return product_svd(B, A, rank, half_precision=halves).factors(split)
+        triples = _low_rank(name, parts)
+        A, B = joined([A for A, _, _ in triples], 0), joined([B for _, B, _ in triples], 1)
+        return product_svd(B, A, rank, repeated_coefficients(triples)).factors(split)
     delta = _combined_delta(name, parts, combination, options)
     return _dense_svd(delta, rank, options).factors(split)
 

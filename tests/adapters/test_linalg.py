@@ -22,12 +22,18 @@ def dense(svd):
     return (svd.U * svd.S) @ svd.Vt
 
 
+def product_of(B, A):
+    return B.astype(np.float64) @ A.astype(np.float64)
+
+
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 1000), rank=st.integers(1, 6), half=st.booleans())
 def test_products_are_cut_to_their_best_approximation(seed, rank, half):
     A, B = half_precision_factors(seed)
-    found = product_svd(B, A, rank, half_precision=half)
-    product = B.astype(np.float64) @ A.astype(np.float64)
+    if half:
+        A, B = A.astype(ml_dtypes.bfloat16), B.astype(ml_dtypes.bfloat16)
+    found = product_svd(B, A, rank)
+    product = product_of(B, A)
     values = np.linalg.svd(product, compute_uv=False)
     np.testing.assert_allclose(found.S, values[:rank], rtol=1e-5 if half else 1e-6)
     best = np.linalg.norm(values[rank:])
@@ -44,11 +50,13 @@ def test_factors_that_nearly_depend_on_each_other_lose_nothing(half, noise):
     A2 = A + noise * rng.standard_normal(A.shape).astype(np.float32)
     B2 = B + noise * rng.standard_normal(B.shape).astype(np.float32)
     stacked_a, stacked_b = np.concatenate([A, A2]), np.concatenate([B, -0.5 * B2], axis=1)
-    product = stacked_b.astype(np.float64) @ stacked_a.astype(np.float64)
-    found = product_svd(stacked_b, stacked_a, half_precision=half)
+    if half:
+        stacked_a, stacked_b = (x.astype(ml_dtypes.bfloat16) for x in (stacked_a, stacked_b))
+    product = product_of(stacked_b, stacked_a)
+    found = product_svd(stacked_b, stacked_a)
     scale = np.abs(product).max()
     np.testing.assert_allclose(dense(found), product, atol=1e-5 * scale)
-    if noise == 0:
+    if noise == 0 or (half and noise < 1e-3):  # which bfloat16 cannot tell from none
         assert len(found.S) == 6
 
 
@@ -62,9 +70,34 @@ def test_pieces_without_effect_are_left_out(half, zero):
         B[:, 2] = 0
     else:
         B[:] = 0
-    found = product_svd(B, A, half_precision=half)
+    if half:
+        A, B = A.astype(np.float16), B.astype(np.float16)
+    found = product_svd(B, A)
     assert len(found.S) == (0 if zero == "everything" else 5)
-    np.testing.assert_allclose(dense(found), B @ A, atol=1e-4)
+    np.testing.assert_allclose(dense(found), product_of(B, A), atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("coefficients", [[1, 1, 1, 1, 1, 1], [2, -0.5, 1, 3, -1, 1e-3], [0] * 6])
+def test_coefficients_multiply_the_rows_of_a_factor(dtype, coefficients, monkeypatch):
+    monkeypatch.setattr(linalg, "CACHED_ROWS", 7)
+    A, B = (x.astype(dtype) for x in half_precision_factors(5))
+    found = product_svd(B, A, None, np.asarray(coefficients))
+    expected = product_of(B, np.asarray(coefficients)[:, None] * A.astype(np.float64))
+    np.testing.assert_allclose(dense(found), expected, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32])
+def test_tall_products_are_the_same_in_either_layout(dtype, monkeypatch):
+    monkeypatch.setattr(linalg, "CACHED_ROWS", 7)
+    rng = np.random.default_rng(0)
+    tall = rng.standard_normal((50, 6)).astype(dtype)
+    narrow = rng.standard_normal((6, 3))
+    for laid_out in (tall, np.asfortranarray(tall)):
+        found = linalg.tall_product(laid_out, narrow, np.float64)
+        np.testing.assert_allclose(found, product_of(tall, narrow), atol=1e-5)
+        gram = linalg.gram_matrix(laid_out)
+        np.testing.assert_allclose(gram, product_of(tall.T, tall), rtol=1e-12)
 
 
 def test_singular_values_of_a_product_need_no_vectors():
