@@ -44,7 +44,7 @@ SAMPLED_PIECES = 256
 ELEMENTS_PER_PIECE = 1 << 20
 """Large groups are sampled by more runs (0.4 percent), so that one count usually settles them."""
 
-MAX_BINS = 1 << 20
+MAX_BINS = 1 << 21
 
 
 @dataclass(frozen=True)
@@ -449,6 +449,11 @@ class _Order(Accumulator):
     def _count(self, summary: OrderStatistics, block: Block, counts: _Counts) -> None:
         bracketed = counts.brackets, counts.bins, counts.above
         if not counts.largest and summary.tally(block, *bracketed):
+            return
+        peaks = np.zeros((self._rows, 2), np.int64)
+        if counts.largest and summary.tally_largest(block, *bracketed, peaks):
+            for row, seen in counts.largest.items():
+                seen.add(*peaks[row].tolist())
             return
         keys = self._keys(summary, block)
         order.count_brackets(keys, *bracketed)

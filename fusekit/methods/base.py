@@ -320,6 +320,12 @@ class OrderStatistics(Summary):
         """Count the values' keys as `kernels.order.count_brackets`, if it can without `values`."""
         return False
 
+    def tally_largest(
+        self, block: Block, brackets: Array, bins: Array, above: Array, largest: Array
+    ) -> bool:
+        """As `tally`; also updates (rows, 2) int64, each row's largest key and its number."""
+        return False
+
 
 class Sequential(Summary):
     """A state that one worker updates from the first element to the last (column statistics)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
@@ -34,6 +35,7 @@ class Scores(OrderStatistics):
     """
 
     deltas: ClassVar[bool] = True
+    in_registers: ClassVar[bool] = True
     absolute: ClassVar[bool] = False
 
     wanted: tuple[int, ...]
@@ -52,6 +54,40 @@ class Scores(OrderStatistics):
         kernels.compete.scores(block.rows, low, high, self.comparison, scores)
         return scores
 
+    def collect(self, block: Block, keys: Array, at: int) -> bool:
+        packed = block.packed
+        if packed is None or packed.kind != kernels.tiles.BF16:
+            return False
+        place = packed.bits, packed.start, block.size
+        kernels.compete.score_keys(*place, *self.clipping(), keys, at)
+        return True
+
+    def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
+        import numpy as np
+
+        largest = np.zeros((len(self.clips), 2), np.int64)
+        return self.tally_largest(block, brackets, bins, above, largest)
+
+    def tally_largest(
+        self, block: Block, brackets: Array, bins: Array, above: Array, largest: Array
+    ) -> bool:
+        packed = block.packed
+        if packed is None or packed.kind != kernels.tiles.BF16:
+            return False
+        place = packed.bits, packed.start
+        if not kernels.direct.all_finite(*place, packed.start + block.size):
+            return False
+        counts = brackets, bins, above, largest
+        kernels.compete.count_scores(*place, block.size, *self.clipping(), *counts)
+        return True
+
+    def clipping(self) -> tuple[Array, Array, int]:
+        """The kernels' arguments in float32: lower and upper clips, and the comparison."""
+        import numpy as np
+
+        low, high = np.array(self.clips, np.float32).T.copy()
+        return low, high, self.comparison
+
 
 @dataclass(frozen=True)
 class ScoredMean(Combine):
@@ -62,11 +98,30 @@ class ScoredMean(Combine):
     """
 
     deltas: ClassVar[bool] = True
+    in_registers: ClassVar[bool] = True
 
     scores: Scores
     thresholds: tuple[float, ...]
     factors: tuple[float, ...]
     weights: tuple[float, ...]
+
+    @cached_property
+    def _is_plain(self) -> bool:
+        """Whether float32 tells every model's best score from its threshold."""
+        import numpy as np
+
+        cuts = zip(self.thresholds, self.factors, strict=True)
+        return all(np.float32(t + 1.0 / f) > np.float32(t) for t, f in cuts if f)
+
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        packed = block.packed
+        if packed is None or packed.kind != kernels.tiles.BF16 or not self._is_plain:
+            return False
+        numbers = (np.array(x, np.float32) for x in (self.thresholds, self.factors, self.weights))
+        place = packed.bits, packed.start
+        return bool(kernels.compete.merge_scored(*place, *self.scores.clipping(), *numbers, out))
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numba import njit
 
 from fusekit import merge_state_dicts
-from fusekit.errors import RecipeError
+from fusekit.engine import blocks
+from fusekit.errors import CheckpointError, RecipeError
 from fusekit.kernels import compete
 from tests.vectors import assert_close, read_case
 
@@ -187,15 +190,21 @@ def test_refuses_a_ratio_outside_its_range(ratio: float) -> None:
         pcb(models, base, ratio=ratio)
 
 
+@njit
+def _exponentials(x: Any, out: Any) -> None:
+    for i in range(x.size):
+        out[i] = compete.exponential(x[i])
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_polynomials_are_accurate(dtype: Any) -> None:
     x = np.concatenate([-np.geomspace(1e-12, 80, 4000), [0.0]]).astype(dtype)
-    found, powers, work = x.copy(), np.empty(x.size, np.int32), np.empty_like(x)
-    compete.exponential(found, powers)
+    found = np.empty_like(x)
+    _exponentials(x, found)
     np.testing.assert_allclose(found, np.exp(x.astype(np.float64)), rtol=1e-6)
     for values in (x, -x, x[np.abs(x) < 0.2]):
         found = values.copy()
-        compete.tangent(found, work[: values.size], powers[: values.size])
+        compete.tangent(found)
         np.testing.assert_allclose(found, np.tanh(values.astype(np.float64)), rtol=1e-6)
 
 
@@ -213,3 +222,47 @@ def test_edges_of_small_models_are_exact_either_way() -> None:
     models, base = random_models(12, 2)
     exact, sampled = (pcb(models, base, edges=edges) for edges in ("exact", "sampled"))
     assert_close(sampled, exact, 0.0)
+
+
+def bfloat16_models(seed: int, shape: tuple[int, ...]) -> tuple[list[State], State]:
+    rng = np.random.default_rng(seed)
+    base = (0.05 * rng.normal(size=shape)).astype(ml_dtypes.bfloat16)
+    models = [
+        {"a": (base.astype("f4") + 0.004 * rng.normal(size=shape)).astype(base.dtype)}
+        for _ in range(3)
+    ]
+    return models, {"a": base}
+
+
+@pytest.mark.parametrize("variant", ["nlp", "vision", "vision_es"])
+def test_bfloat16_models_give_what_decoded_ones_give(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models, base = bfloat16_models(13, (450, 401))
+    packed, threaded = (pcb(models, base, variant=variant, threads=threads) for threads in (1, 3))
+    monkeypatch.setattr(blocks, "KINDS", {})
+    decoded = pcb(models, base, variant=variant)
+    bits, others = (state["a"].view(np.uint16).astype(np.int64) for state in (packed, decoded))
+    assert np.abs(bits - others).max() <= 1
+    assert np.count_nonzero(bits != others) <= 1e-3 * bits.size
+    assert np.count_nonzero(packed["a"] != base["a"]) > 0.05 * bits.size
+    assert_close(threaded, packed, 0.0)
+
+
+def test_a_single_winner_of_bfloat16_models_is_taken_whole() -> None:
+    models, base = bfloat16_models(14, (40, 30))
+    merged = pcb(models[:1], base, ratio=1e-6)["a"]
+    changed = np.flatnonzero(merged != base["a"])
+    assert changed.size == 1
+    delta = models[0]["a"].astype("f4") - base["a"].astype("f4")
+    high = np.sort(np.abs(delta), axis=None)[int(0.99 * delta.size - 1)]
+    update = merged.astype("f4") - base["a"].astype("f4")
+    np.testing.assert_allclose(np.abs(update.flat[changed]), high, rtol=0.02)
+
+
+@pytest.mark.parametrize("edges", ["exact", "sampled"])
+def test_nan_is_refused_however_edges_are_found(edges: str) -> None:
+    models, base = bfloat16_models(15, (1200, 1000))
+    models[1]["a"][700, [3, 5]] = np.nan
+    with pytest.raises(CheckpointError, match="'a' has 2 NaN or infinite"):
+        pcb(models, base, edges=edges, granularity="tensor")
