@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -225,7 +226,14 @@ def _centres(
     if options.parameter_reweighting:
         wanted = shares @ pieces.norms(options.norm)
         found = _norms_of_means(mean_a, mean_b, options.norm)
-        factors = np.minimum(wanted / (found + 1e-12), MAX_REWEIGHTING).astype(np.float32)
+        factors = (wanted / (found + 1e-12)).astype(np.float32)
+        if (factors > MAX_REWEIGHTING).any():
+            warnings.warn(
+                "lora_lego: pieces of one cluster nearly cancel; their mean is scaled by "
+                f"{MAX_REWEIGHTING:g} and stays smaller than they are",
+                stacklevel=2,
+            )
+            factors = np.minimum(factors, np.float32(MAX_REWEIGHTING))
         mean_a *= factors[:, None]
         mean_b *= factors
     return mean_a, mean_b

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -642,3 +643,16 @@ def test_factors_can_be_stored_in_another_type():
     assert merged.modules["a.weight"].A.dtype.name == "bfloat16"
     with pytest.raises(FusekitError, match="dtype is 'int8', expected a floating-point type"):
         merge_adapters(adapters, "cat", options=MergeOptions(dtype="int8"))
+
+
+def test_lego_warns_where_pieces_of_a_cluster_cancel():
+    rng = np.random.default_rng(3)
+    A, B = rng.standard_normal((1, 6)).astype("f4"), rng.standard_normal((8, 1)).astype("f4")
+    nearly = [(A, B, 1.0), (-0.99 * A, -0.99 * B, 1.0)]
+    options = LegoOptions(canonicalize=False, output_reweighting=False)
+    with pytest.warns(UserWarning, match="nearly cancel; their mean is scaled by 10"):
+        merged = merge_pieces(nearly, 1, options)
+    np.testing.assert_allclose(np.abs(merged.A), 0.05 * np.abs(A), rtol=1e-3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge_pieces([(A, B, 1.0), (0.99 * A, 0.99 * B, 1.0)], 1, options)
