@@ -52,6 +52,24 @@ def assert_near(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
 
 
 @each_merge
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_task_vectors_stay_as_they_are(merge: Merge, dtype: torch.dtype) -> None:
+    deltas = [delta.to(dtype) for delta in draw(1, (9, 6))]
+    before = [delta.clone() for delta in deltas]
+    first = merge(deltas)
+    assert all(torch.equal(a, b) for a, b in zip(deltas, before, strict=True))
+    assert first.dtype == dtype
+    assert_near(first, merge([delta.double() for delta in deltas]), 1e-4)
+
+
+def test_ill_conditioned_directions_lose_no_precision() -> None:
+    deltas = draw(4, (9, 9))  # the tasks' directions have a condition of 15,000
+    merged = iso.common_and_specific(deltas, 0.5).update
+    wide = iso.common_and_specific([delta.double() for delta in deltas], 0.5).update
+    assert_near(merged, wide, 1e-6)
+
+
+@each_merge
 @few
 @given(seed=seeds, shape=shapes)
 def test_order_of_models_does_not_matter(merge: Merge, seed: int, shape: tuple[int, int]) -> None:

@@ -22,6 +22,9 @@ GRAM_LIMIT = 1e-6
 SINGLE_LIMIT = 1e-3
 """Directions at least this strong, relative to the strongest, stand products in float32."""
 
+SINGLE_CONDITION = 100.0
+"""Columns of at most this condition stand a product in float32 that undoes it."""
+
 SUM_ELEMENTS = 1 << 16
 """Sums are taken over so many elements at a time, which stay in the cache."""
 
@@ -221,8 +224,8 @@ def polar(matrix: Tensor, numerical: bool = False) -> tuple[Tensor, Tensor]:
     return short.T @ mixing if found.flip else mixing @ short, found.S
 
 
-def polar_mixing(columns: Tensor) -> Tensor:
-    """X such that `columns @ X` is the polar factor of `columns` (m, k), k x k.
+def polar_mixing(columns: Tensor) -> tuple[Tensor, float]:
+    """X such that `columns @ X` is the polar factor of `columns` (m, k), k x k, and its condition.
 
     With `columns = P diag(s) Q^T` the polar factor is `P Q^T` over the singular values above
     `eps max(m, k) s_max` (float32 eps): a partial isometry where columns are dependent, which does
@@ -231,19 +234,26 @@ def polar_mixing(columns: Tensor) -> Tensor:
     values, Q = eigen(gram(columns.T))
     limit = (EPS32 * max(columns.shape)) ** 2 * values[-1:].clamp(min=0)
     kept = values > limit
-    return outer(Q[:, kept] / values[kept].sqrt().sqrt())
+    strengths = values[kept].sqrt()
+    condition = float(strengths[-1] / strengths[0]) if len(strengths) else 1.0
+    return outer(Q[:, kept] / strengths.sqrt()), condition
 
 
 def orthogonalized_product(U: Tensor, S: Tensor, V: Tensor) -> Tensor:
     """`polar(U) diag(S) polar(V)^T` for (m, k), (k,), (n, k) in float64; float32 comes back.
 
-    The mixing is done in float64, where ill-conditioned columns cancel; the last product, the
-    largest one, multiplies well-scaled numbers and is done in float32.
+    The mixing is done in float64, where ill-conditioned columns cancel. The last product, the
+    largest one, is done in float32 where what it multiplies is well scaled.
     """
-    core = (polar_mixing(U) * S) @ polar_mixing(V)
+    (mix_u, condition_u), (mix_v, condition_v) = polar_mixing(U), polar_mixing(V)
+    core = (mix_u * S) @ mix_v
     if U.shape[0] <= V.shape[0]:
-        return (U @ core).float() @ V.T.float()
-    return U.float() @ (core @ V.T).float()
+        left, right, condition = U @ core, V.T, condition_v
+    else:
+        left, right, condition = U, core @ V.T, condition_u
+    if condition > SINGLE_CONDITION:
+        return (left @ right).float()
+    return left.float() @ right.float()
 
 
 def total(deltas: Sequence[Tensor]) -> Tensor:
@@ -251,7 +261,7 @@ def total(deltas: Sequence[Tensor]) -> Tensor:
     result = torch.empty_like(deltas[0], memory_format=torch.contiguous_format)
     parts = [torch.split(x.reshape(-1), SUM_ELEMENTS) for x in (result, *deltas)]
     for target, *own in zip(*parts, strict=True):
-        wide = own[0].double()
+        wide = own[0].to(torch.float64, copy=True)
         for part in own[1:]:
             wide += part
         target.copy_(wide)

@@ -44,8 +44,8 @@ def parts(deltas: Sequence[Tensor]) -> list[Tensor]:
     """What each task contributes to `merge`: the parts add up to the merged update."""
     cut = _cut(deltas)
     stacked = _stack(cut)
-    left = stacked.U @ polar_mixing(stacked.U)
-    right = stacked.V @ polar_mixing(stacked.V)
+    left = stacked.U @ polar_mixing(stacked.U)[0]
+    right = stacked.V @ polar_mixing(stacked.V)[0]
     contributions, begin = [], 0
     for own in cut:
         end = begin + len(own.S)
