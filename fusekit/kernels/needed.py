@@ -1,4 +1,4 @@
-"""Which weights of the summed task vector each task needs, of bfloat16 models in registers."""
+"""One vector for several tasks, and who needs which entry of it: bfloat16 models in registers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = direct.CHUNK
+_GRANULE = 8192
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
@@ -104,4 +105,92 @@ def consensus(bits: Array, start: int, ratios: Array, tasks: int, scale: float, 
             largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
         if largest >= direct.OVERFLOW:
             return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _unify(bits: Array, start: int, total: Array, sign: Array, best: Array, keep: Array) -> None:
+    """`masks.unify` of a run, but for the sign of `best`."""
+    models, stop = bits.shape[0] - 1, start + best.size
+    base = bits[models, start:stop]
+    one, zero = np.float32(1), np.float32(0)
+    total[:] = 0.0
+    best[:] = zero
+    for r in range(models):
+        model = bits[r, start:stop]
+        for i in range(best.size):
+            total[i] += np.float64(from_bf16(model[i]) - from_bf16(base[i]))
+    for i in range(best.size):
+        sign[i] = one if total[i] > 0.0 else -one
+    for r in range(models):
+        model, kept = bits[r, start:stop], keep[r]
+        for i in range(best.size):
+            agreeing = (from_bf16(model[i]) - from_bf16(base[i])) * sign[i]
+            kept[i] = agreeing > zero
+            best[i] = agreeing if agreeing > best[i] else best[i]
+
+
+@njit(nogil=True, cache=True)
+def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
+    """out = the bfloat16 nearest to base + `masks.unify` of the task vectors; keep as there.
+
+    Arguments and result as for `sum_and_masks`.
+    """
+    models = keep.shape[0]
+    totals = np.empty(_CHUNK, np.float64)
+    signs, bests = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    keep[:, out.size :] = 0
+    for begin in range(0, out.size, _CHUNK):
+        part = out[begin : begin + _CHUNK]
+        at, count = start + begin, part.size
+        if not direct.all_finite(bits, at, at + count):
+            return False
+        sign, best = signs[:count], bests[:count]
+        _unify(bits, at, totals[:count], sign, best, keep[:, begin : begin + count])
+        base = bits[models, at : at + count]
+        largest = np.uint32(0)
+        for i in range(count):
+            change = np.float64(best[i] * sign[i])
+            value = np.float32(change + np.float64(from_bf16(base[i])))
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= direct.OVERFLOW:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True)
+def _add_sizes(model: Array, base: Array, best: Array, kept: Array, lanes: Array) -> None:
+    """lanes += a task vector's magnitudes, and those of the unified vector where it agrees."""
+    sizes, agreeing = lanes[0], lanes[1]
+    for i in range(best.size):
+        sizes[i] += abs(np.float64(from_bf16(model[i]) - from_bf16(base[i])))
+        agreeing[i] += np.float64(best[i] * np.float32(kept[i]))
+
+
+@njit(nogil=True, cache=True)
+def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
+    """Per task sum |d_i|, then sum |u| where d_i agrees with the unified u: (granules, 2 models).
+
+    Returns False where an entry is not finite.
+    """
+    models = out.shape[1] // 2
+    totals = np.empty(_CHUNK, np.float64)
+    signs, bests = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
+    keep = np.empty((models, _CHUNK), np.uint8)
+    lanes = np.empty((models, 2, _CHUNK), np.float64)
+    for granule in range(out.shape[0]):
+        lanes[:] = 0.0
+        end = min((granule + 1) * _GRANULE, size)
+        for begin in range(granule * _GRANULE, end, _CHUNK):
+            a, b = start + begin, start + min(begin + _CHUNK, end)
+            if not direct.all_finite(bits, a, b):
+                return False
+            best, kept = bests[: b - a], keep[:, : b - a]
+            _unify(bits, a, totals[: b - a], signs[: b - a], best, kept)
+            for r in range(models):
+                _add_sizes(bits[r, a:b], bits[models, a:b], best, kept[r], lanes[r])
+        for r in range(models):
+            out[granule, r] = direct.folded(lanes[r, 0])
+            out[granule, models + r] = direct.folded(lanes[r, 1])
     return True

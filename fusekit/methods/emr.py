@@ -14,6 +14,7 @@ from fusekit.methods.base import (
     Block,
     Combine,
     Method,
+    Packed,
     Parameter,
     Remark,
     Scope,
@@ -40,6 +41,14 @@ def _unified(block: Block, factors: Sequence[float]) -> tuple[Array, Array]:
     return update, keep
 
 
+def _as_read(block: Block, factors: Sequence[float]) -> Packed | None:
+    """The operands of bfloat16 models whose task vectors are not scaled."""
+    operands = block.packed
+    if operands is None or operands.kind != kernels.tiles.BF16:
+        return None
+    return operands if all(factor == 1.0 for factor in factors) else None
+
+
 @dataclass(frozen=True)
 class Magnitudes(Additive):
     """Per task sum |tau_k|, then sum |M_k tau_u|; with `by_tensor` every tensor adds its means."""
@@ -54,10 +63,13 @@ class Magnitudes(Additive):
         return 2 * tensor.models
 
     def measure(self, block: Block, out: Array) -> None:
-        update, keep = _unified(block, self.factors)
-        n = len(keep)
-        kernels.norms.sums(block.rows, 1, GRANULE, out[:, :n])
-        kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
+        operands = _as_read(block, self.factors)
+        place = () if operands is None else (operands.bits, operands.start, block.size)
+        if not place or not kernels.needed.agreement(*place, out):
+            update, keep = _unified(block, self.factors)
+            n = len(keep)
+            kernels.norms.sums(block.rows, kernels.norms.MAGNITUDES, GRANULE, out[:, :n])
+            kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
         if self.by_tensor:
             out /= block.tensor.size
 
@@ -70,6 +82,13 @@ class Unify(Combine):
 
     scales: tuple[float, ...]
     factors: tuple[float, ...]
+
+    def encode(self, block: Block, out: Array) -> bool:
+        operands = _as_read(block, self.factors)
+        if operands is None:
+            return False
+        keep = empty_masks(block)
+        return bool(kernels.needed.unified(operands.bits, operands.start, keep, out))
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np

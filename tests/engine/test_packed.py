@@ -41,6 +41,7 @@ ROUNDED = [
     ("dare_linear", {"density": 0.5}, {}),
     ("breadcrumbs_ties", {"density": 0.3, "gamma": 0.02}, {}),
     ("della", {"density": 0.5, "epsilon": 0.1}, {}),
+    ("emr", {}, {}),
     ("consensus", {}, {}),
     ("tall_masks", {}, {}),
     ("sce", {"select_topk": 0.3}, {}),

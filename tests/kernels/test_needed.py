@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import linear, masks, needed
+from fusekit.kernels import linear, masks, needed, norms
 from tests.kernels.test_direct import SIZES, operands
 
 
@@ -39,3 +39,27 @@ def test_what_is_not_finite_is_declined(bad: float) -> None:
     out, keep = np.empty(3000, np.uint16), np.empty((3, 3000), np.uint8)
     assert not needed.sum_and_masks(bits, 0, np.ones(3), keep, out)
     assert not needed.consensus(bits, 0, np.zeros(3), 1, 1.0, out)
+    assert not needed.unified(bits, 0, keep, out)
+    assert not needed.agreement(bits, 0, 3000, np.empty((1, 6)))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_unified_vector_is_that_of_decoded_rows(count: int, size: int) -> None:
+    values, bits = operands(count + 1, size, seed=22)
+    rows, base = values[:count] - values[count], values[count]
+    padded = -(-size // 8) * 8
+    update, merged = np.empty(size, np.float32), np.empty(size, np.float32)
+    expected, keep = (np.full((count, padded), 9, np.uint8) for _ in range(2))
+    masks.unify(rows, update, expected)
+    linear.weighted_sum(update[np.newaxis], np.ones(1), base, 1.0, merged)
+    out = np.empty(size, np.uint16)
+    assert needed.unified(bits, 3, keep, out)
+    np.testing.assert_array_equal(keep, expected)
+    np.testing.assert_array_equal(out, merged.astype(ml_dtypes.bfloat16).view(np.uint16))
+    granules = -(-size // 8192)
+    found, sizes, kept = (np.empty((granules, n * count)) for n in (2, 1, 1))
+    assert needed.agreement(bits, 3, size, found)
+    norms.sums(rows, norms.MAGNITUDES, 8192, sizes)
+    masks.kept_sums(update, expected, 8192, kept)
+    np.testing.assert_allclose(found, np.hstack([sizes, kept]), rtol=1e-12)
