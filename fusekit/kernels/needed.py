@@ -109,8 +109,10 @@ def consensus(bits: Array, start: int, ratios: Array, tasks: int, scale: float, 
 
 
 @njit(nogil=True, cache=True)
-def _unify(bits: Array, start: int, total: Array, sign: Array, best: Array, keep: Array) -> None:
-    """`masks.unify` of a run, but for the sign of `best`."""
+def _unify(
+    bits: Array, start: int, total: Array, sign: Array, best: Array, keep: Array, column: int
+) -> None:
+    """`masks.unify` of a run, but for the sign of `best`; its masks begin at a column of `keep`."""
     models, stop = bits.shape[0] - 1, start + best.size
     base = bits[models, start:stop]
     one, zero = np.float32(1), np.float32(0)
@@ -123,7 +125,7 @@ def _unify(bits: Array, start: int, total: Array, sign: Array, best: Array, keep
     for i in range(best.size):
         sign[i] = one if total[i] > 0.0 else -one
     for r in range(models):
-        model, kept = bits[r, start:stop], keep[r]
+        model, kept = bits[r, start:stop], keep[r, column : column + best.size]
         for i in range(best.size):
             agreeing = (from_bf16(model[i]) - from_bf16(base[i])) * sign[i]
             kept[i] = agreeing > zero
@@ -146,7 +148,7 @@ def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
         if not direct.all_finite(bits, at, at + count):
             return False
         sign, best = signs[:count], bests[:count]
-        _unify(bits, at, totals[:count], sign, best, keep[:, begin : begin + count])
+        _unify(bits, at, totals[:count], sign, best, keep, begin)
         base = bits[models, at : at + count]
         largest = np.uint32(0)
         for i in range(count):
@@ -186,10 +188,10 @@ def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
             a, b = start + begin, start + min(begin + _CHUNK, end)
             if not direct.all_finite(bits, a, b):
                 return False
-            best, kept = bests[: b - a], keep[:, : b - a]
-            _unify(bits, a, totals[: b - a], signs[: b - a], best, kept)
+            best = bests[: b - a]
+            _unify(bits, a, totals[: b - a], signs[: b - a], best, keep, 0)
             for r in range(models):
-                _add_sizes(bits[r, a:b], bits[models, a:b], best, kept[r], lanes[r])
+                _add_sizes(bits[r, a:b], bits[models, a:b], best, keep[r], lanes[r])
         for r in range(models):
             out[granule, r] = direct.folded(lanes[r, 0])
             out[granule, models + r] = direct.folded(lanes[r, 1])
