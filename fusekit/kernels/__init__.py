@@ -18,7 +18,6 @@ _SUBMODULES = (
     "codecs",
     "columns",
     "columnwise",
-    "compare",
     "compete",
     "direct",
     "divergence",
@@ -44,6 +43,7 @@ _SUBMODULES = (
     "thin",
     "tiles",
     "trimmed",
+    "vectors",
 )
 
 
