@@ -14,6 +14,8 @@ from numba import njit, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
+from fusekit.kernels import vectors
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 LANES = 64
@@ -35,37 +37,19 @@ def _repeated(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(first, undefined, ir.Constant(_WIDE, [0] * LANES))
 
 
-def _loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
-    """The vector that begins at an element of a contiguous array."""
-    data = context.make_array(kind)(context, builder, array).data
-    place = builder.gep(data, [start])
-    element = data.type.pointee
-    return builder.load(
-        builder.bitcast(place, ir.VectorType(element, LANES).as_pointer()),
-        align=kind.dtype.bitwidth // 8,
-    )
-
-
 def _check_contiguous(*arrays: Any) -> None:
     for array in arrays:
         if array.layout != "C":
             raise TypingError(f"found an array of layout {array.layout}, expected contiguous ones")
 
 
-def _from_bf16(builder: Any, bits: Any) -> Any:
-    """The float32 values of bfloat16 bits."""
-    upper = builder.shl(builder.zext(bits, _WIDE), ir.Constant(_WIDE, [16] * LANES))
-    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), LANES))
-
-
 def _magnitudes(context: Any, builder: Any, kinds: Any, model: Any, base: Any, start: Any) -> Any:
     """The bits of |model - base|, as float32, of two arrays of bfloat16 bits."""
     values, origin = (
-        _from_bf16(builder, _loaded(context, builder, kind, array, start))
+        vectors.from_bf16(builder, vectors.loaded_raw(context, builder, kind, array, start, LANES))
         for kind, array in ((kinds[0], model), (kinds[1], base))
     )
-    bits = builder.bitcast(builder.fsub(values, origin), _WIDE)
-    return builder.and_(bits, ir.Constant(_WIDE, [0x7FFFFFFF] * LANES))
+    return vectors.magnitude_bits(builder, builder.fsub(values, origin))
 
 
 def _compared(builder: Any, keys: Any, low: Any, high: Any) -> list[Any]:
@@ -80,7 +64,8 @@ def _compare_keys(typingctx: Any, keys: Any, start: Any, low: Any, high: Any) ->
     _check_contiguous(keys)
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        vector = _loaded(context, builder, signature.args[0], arguments[0], arguments[1])
+        place = signature.args[0], arguments[0], arguments[1]
+        vector = vectors.loaded_raw(context, builder, *place, LANES)
         masks = _compared(builder, vector, arguments[2], arguments[3])
         return context.make_tuple(builder, signature.return_type, masks)
 

@@ -53,15 +53,28 @@ def each_run(builder: Any, count: Any) -> Any:
     return _tools.for_range(builder, count)
 
 
+def loaded_raw(
+    context: Any, builder: Any, kind: Any, array: Any, start: Any, lanes: int = LANES
+) -> Any:
+    """What stands in an array from an element on."""
+    data = context.make_array(kind)(context, builder, array).data
+    vector = ir.VectorType(data.type.pointee, lanes).as_pointer()
+    place = builder.bitcast(builder.gep(data, [start]), vector)
+    return builder.load(place, align=kind.dtype.bitwidth // 8)
+
+
+def from_bf16(builder: Any, bits: Any) -> Any:
+    """The float32 values of a vector of bfloat16 bits."""
+    lanes = bits.type.count
+    wide = ir.VectorType(INT, lanes)
+    upper = builder.shl(builder.zext(bits, wide), ir.Constant(wide, [16] * lanes))
+    return builder.bitcast(upper, ir.VectorType(ir.FloatType(), lanes))
+
+
 def loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any:
     """The floats from an element of an array on: bfloat16 bits (uint16) or float32."""
-    data = context.make_array(kind)(context, builder, array).data
-    vector = ir.VectorType(data.type.pointee, LANES).as_pointer()
-    place = builder.bitcast(builder.gep(data, [start]), vector)
-    values = builder.load(place, align=kind.dtype.bitwidth // 8)
-    if kind.dtype != types.uint16:
-        return values
-    return builder.bitcast(builder.shl(builder.zext(values, INTS), ints(16)), FLOATS)
+    values = loaded_raw(context, builder, kind, array, start)
+    return from_bf16(builder, values) if kind.dtype == types.uint16 else values
 
 
 def loaded_wide(builder: Any, data: Any, start: Any) -> Any:
@@ -111,7 +124,9 @@ def folded(builder: Any, vector: Any, fold: Callable[[Any, Any, Any], Any]) -> A
 
 def magnitude_bits(builder: Any, vector: Any) -> Any:
     """The bits of floats without their signs: integers that order like the magnitudes."""
-    return builder.and_(builder.bitcast(vector, INTS), ints(0x7FFFFFFF))
+    lanes = vector.type.count
+    wide = ir.VectorType(INT, lanes)
+    return builder.and_(builder.bitcast(vector, wide), ir.Constant(wide, [0x7FFFFFFF] * lanes))
 
 
 def total(builder: Any, vector: Any) -> Any:
