@@ -33,8 +33,8 @@ def _row_length(shape: tuple[int, ...]) -> int:
 
 def _operands(block: Block) -> tuple[Array, Array]:
     """The elements of both models: bits of bfloat16 as they were read, else decoded rows."""
-    packed = block.packed
-    if packed is None or packed.kind != kernels.tiles.BF16:
+    packed = block.bfloat16
+    if packed is None:
         return block.rows[0], block.rows[1]
     bits = packed.bits[:, packed.start : packed.start + block.size]
     return bits[0], bits[1]

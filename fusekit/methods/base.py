@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
+from fusekit import kernels
 from fusekit.checkpoint.layers import Layer
 from fusekit.kernels import GRANULE
 
@@ -208,6 +209,12 @@ class Block:
         if self._base is None:
             self._base = self.read.base(self)
         return self._base
+
+    @property
+    def bfloat16(self) -> Packed | None:
+        """The operands as they were read, where they are bfloat16."""
+        packed = self.packed
+        return packed if packed is not None and packed.kind == kernels.tiles.BF16 else None
 
     def with_rows(self, rows: Array) -> Block:
         """The same block with other rows."""

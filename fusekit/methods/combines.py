@@ -24,8 +24,8 @@ class Linear(Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed = block.packed
-        if packed is None or packed.kind != kernels.tiles.BF16:
+        packed = block.bfloat16
+        if packed is None:
             return False
         with_base = len(packed.bits) > len(self.weights)
         weights = (*self.weights, self.base_weight) if with_base else self.weights

@@ -140,8 +140,8 @@ class RankDrops(Sequential):
 
 def _operands(block: Block) -> tuple[Array, Array]:
     """The models and their base as bits of bfloat16, else the task vectors and nothing."""
-    packed = block.packed
-    if packed is not None and packed.kind == kernels.tiles.BF16:
+    packed = block.bfloat16
+    if packed is not None:
         stop = packed.start + block.size
         if kernels.direct.all_finite(packed.bits, packed.start, stop):
             bits = packed.bits[:, packed.start : stop]

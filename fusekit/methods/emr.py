@@ -43,10 +43,7 @@ def _unified(block: Block, factors: Sequence[float]) -> tuple[Array, Array]:
 
 def _as_read(block: Block, factors: Sequence[float]) -> Packed | None:
     """The operands of bfloat16 models whose task vectors are not scaled."""
-    operands = block.packed
-    if operands is None or operands.kind != kernels.tiles.BF16:
-        return None
-    return operands if all(factor == 1.0 for factor in factors) else None
+    return block.bfloat16 if all(factor == 1.0 for factor in factors) else None
 
 
 @dataclass(frozen=True)

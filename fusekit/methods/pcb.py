@@ -55,8 +55,8 @@ class Scores(OrderStatistics):
         return scores
 
     def collect(self, block: Block, keys: Array, at: int) -> bool:
-        packed = block.packed
-        if packed is None or packed.kind != kernels.tiles.BF16:
+        packed = block.bfloat16
+        if packed is None:
             return False
         place = packed.bits, packed.start, block.size
         kernels.compete.score_keys(*place, *self.clipping(), keys, at)
@@ -71,8 +71,8 @@ class Scores(OrderStatistics):
     def tally_largest(
         self, block: Block, brackets: Array, bins: Array, above: Array, largest: Array
     ) -> bool:
-        packed = block.packed
-        if packed is None or packed.kind != kernels.tiles.BF16:
+        packed = block.bfloat16
+        if packed is None:
             return False
         place = packed.bits, packed.start
         if not kernels.direct.all_finite(*place, packed.start + block.size):
@@ -116,8 +116,8 @@ class ScoredMean(Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed = block.packed
-        if packed is None or packed.kind != kernels.tiles.BF16 or not self._is_plain:
+        packed = block.bfloat16
+        if packed is None or not self._is_plain:
             return False
         numbers = (np.array(x, np.float32) for x in (self.thresholds, self.factors, self.weights))
         place = packed.bits, packed.start

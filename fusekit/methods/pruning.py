@@ -375,9 +375,7 @@ class Magnitudes(Ordered):
 
     def plain(self, block: Block) -> Packed | None:
         """The operands of bfloat16 models whose task vectors are not pruned."""
-        packed = block.packed
-        is_plain = packed is not None and packed.kind == kernels.tiles.BF16 and not self.prunings
-        return packed if is_plain else None
+        return None if self.prunings else block.bfloat16
 
     def collect(self, block: Block, keys: Array, at: int) -> bool:
         packed = self.plain(block)
@@ -417,7 +415,7 @@ def variances(block: Block, prunings: Prunings) -> Array:
     if packed is not None and not prunings:
         out = block.scratch("variance", (1, block.size), "float32")
         done = 0
-        if packed.kind == kernels.tiles.BF16:
+        if block.bfloat16 is not None:
             done = kernels.direct.variance(packed.bits, packed.start, out[0])
         if done < block.size:
             place = packed.bits, packed.kind, packed.start + done, block.tensor.models
@@ -477,13 +475,16 @@ class Drops:
     densities: Array
     factors: Array
 
+    @property
+    def scales(self) -> bool:
+        """Whether any factor is not 1."""
+        return bool((self.factors != 1.0).any())
 
-def random_drops(tensor: Tensor, packed: Packed | None, prunings: Prunings) -> Drops | None:
-    """The prunings of bfloat16 models where each is dropped from and then scaled once at most."""
+
+def random_drops(tensor: Tensor, prunings: Prunings) -> Drops | None:
+    """The prunings where each model is dropped from and then scaled once at most."""
     import numpy as np
 
-    if packed is None or packed.kind != kernels.tiles.BF16:
-        return None
     densities, factors = [1.0] * tensor.models, [1.0] * tensor.models
     for pruning in prunings:
         if isinstance(pruning, Scale) and factors[pruning.model] == 1.0:
@@ -499,11 +500,11 @@ def random_drops(tensor: Tensor, packed: Packed | None, prunings: Prunings) -> D
     )
 
 
-def selected(packed: Packed, prunings: Prunings, start: int) -> tuple[Cut, Array] | None:
-    """(the cut, equal variances left, -1: all) of bfloat16 models of which positions are kept."""
+def selected(prunings: Prunings, start: int) -> tuple[Cut, Array] | None:
+    """(the cut, equal variances left, -1: all) where nothing but positions are kept."""
     import numpy as np
 
-    if packed.kind != kernels.tiles.BF16 or len(prunings) != 1:
+    if len(prunings) != 1:
         return None
     (pruning,) = prunings
     if not isinstance(pruning, KeepVarying):
@@ -512,12 +513,39 @@ def selected(packed: Packed, prunings: Prunings, start: int) -> tuple[Cut, Array
     return cut, np.array([-1 if cut.ties is None else cut.left(start)])
 
 
+def _add_up_in_registers(
+    block: Block, prunings: Prunings, what: int, unpruned: bool, out: Array
+) -> bool:
+    """`add_up_pruned` where there is a kernel for bfloat16 models; False where there is none."""
+    import numpy as np
+
+    packed = block.bfloat16
+    if packed is None:
+        return False
+    bits = packed.bits, packed.start, block.size
+    if what == kernels.norms.MAGNITUDES and unpruned:
+        drops = random_drops(block.tensor, prunings)
+        if drops is None or drops.scales:
+            return False
+        kernels.direct.drop_sums(*bits, block.start, drops.keys, drops.densities, out)
+        return bool(np.isfinite(out).all())
+    if what != kernels.norms.SQUARES or unpruned:
+        return False
+    selection = selected(prunings, block.start)
+    if selection is None:
+        return False
+    cut, left = selection
+    if not kernels.selected.squares(*bits, cut.threshold, left, out):
+        return False
+    cut.leave(int(left[0]))
+    return True
+
+
 def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, out: Array) -> None:
     """Sums of the pruned task vectors per grain and model; `unpruned` puts those before in front.
 
     `what` is one of `kernels.norms`' sums.
     """
-    import numpy as np
 
     grain = request.grain(block.tensor.shape)
     if not request.prunings:
@@ -525,22 +553,9 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
         if unpruned:
             out[:, : block.tensor.models] = out[:, -block.tensor.models :]
         return
+    if _add_up_in_registers(block, request.prunings, what, unpruned, out):
+        return
     program, packed = request.program(block), block.packed
-    drops = random_drops(block.tensor, packed, request.prunings)
-    if unpruned and what == kernels.norms.MAGNITUDES and packed is not None and drops is not None:
-        bits, position = (packed.bits, packed.start, block.size), block.start
-        if (drops.factors == 1.0).all():
-            kernels.direct.drop_sums(*bits, position, drops.keys, drops.densities, out)
-            if np.isfinite(out).all():
-                return
-    if what == kernels.norms.SQUARES and packed is not None and not unpruned:
-        selection = selected(packed, request.prunings, block.start)
-        if selection is not None:
-            cut, left = selection
-            bits = packed.bits, packed.start, block.size
-            if kernels.selected.squares(*bits, cut.threshold, left, out):
-                cut.leave(int(left[0]))
-                return
     if program is not None and packed is not None and grain == GRANULE:
         place = packed.bits, packed.kind, packed.start, block.size, block.start
         with program.on(block) as steps:

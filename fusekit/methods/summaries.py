@@ -36,7 +36,7 @@ class Gram(Additive):
         if packed is None:
             kernels.gram.gram(block.rows, out)
             return
-        if self.models == 2 and packed.kind == kernels.tiles.BF16:
+        if self.models == 2 and block.bfloat16 is not None:
             place = packed.bits, packed.start, block.size
             kernels.direct.products_of_two(*place, self.deltas, out)
             if np.isfinite(out).all():
@@ -60,8 +60,8 @@ def delta_sums(block: Block, what: int, grain: int, out: Array) -> None:
     """One of `kernels.norms`' sums of every task vector, per grain: (grains, models)."""
     import numpy as np
 
-    packed = block.packed
-    if packed is not None and packed.kind == kernels.tiles.BF16 and grain == GRANULE:
+    packed = block.bfloat16
+    if packed is not None and grain == GRANULE:
         kernels.direct.sums(packed.bits, packed.start, block.size, what, out)
         if np.isfinite(out).all():
             return

@@ -41,9 +41,7 @@ class StandOut(OnPruned, Combine):
 
     def summed(self, block: Block) -> Packed | None:
         """The operands of bfloat16 models whose task vectors are summed as they are."""
-        packed = block.packed
-        is_summed = packed is not None and packed.kind == kernels.tiles.BF16 and not self.ties
-        return packed if is_summed else None
+        return None if self.ties else block.bfloat16
 
     def vector_and_masks(self, block: Block) -> tuple[Array, Array]:
         import numpy as np

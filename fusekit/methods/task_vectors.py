@@ -64,12 +64,12 @@ class PrunedSum(OnPruned, Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed = block.packed
-        if packed is None or packed.kind != kernels.tiles.BF16:
+        packed = block.bfloat16
+        if packed is None:
             return False
         weights = np.array(self.weights, dtype=np.float64)
-        drops = random_drops(block.tensor, packed, self.prunings)
-        if drops is not None and (drops.factors == 1.0).all():
+        drops = random_drops(block.tensor, self.prunings)
+        if drops is not None and not drops.scales:
             place = packed.bits, packed.start, block.start, drops.keys, drops.densities
             return bool(kernels.direct.drop_weighted_sum(*place, weights, out))
         program = self.program(block)
@@ -117,19 +117,19 @@ class ElectedMerge(OnPruned, Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed, trimmed = block.packed, kernels.trimmed
-        if packed is None or packed.kind != kernels.tiles.BF16 or len(self.weights) != 3:
+        packed, trimmed = block.bfloat16, kernels.trimmed
+        if packed is None or len(self.weights) != 3:
             return False
         if self.election != _ELECTIONS["mass"] or self.tie_sign != 1 or self.merge > 1:
             return False
         ballots, weights = np.array(self.ballots), np.array(self.weights)
         choices = ballots, weights, self.merge == _MERGES["mean"], self.scale
-        drops = random_drops(block.tensor, packed, self.prunings)
+        drops = random_drops(block.tensor, self.prunings)
         if drops is not None and self.prunings:
             place = packed.bits, packed.start, block.start
             chances = drops.keys, drops.densities, drops.factors
             return bool(trimmed.drop_and_elect(*place, *chances, *choices, out))
-        selection = selected(packed, self.prunings, block.start)
+        selection = selected(self.prunings, block.start)
         if selection is not None:
             cut, left = selection
             varying = packed.bits, packed.start, cut.threshold, left
