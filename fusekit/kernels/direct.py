@@ -281,6 +281,17 @@ def drop_sums(
 
 
 @njit(nogil=True, cache=True)
+def add_to_base(change: Array, base: Array, out: Array) -> bool:
+    """out = the bfloat16 nearest to base + change, added in float64; whether all are finite."""
+    largest = np.uint32(0)
+    for i in range(out.size):
+        value = np.float32(np.float64(change[i]) + np.float64(from_bf16(base[i])))
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+    return int(largest) < OVERFLOW
+
+
+@njit(nogil=True, cache=True)
 def _add_kept(
     model: Array,
     base: Array,
@@ -342,12 +353,7 @@ def drop_weighted_sum(
                     if random.is_dropped(i, position + at, pairs, threshold, rest, first, second):
                         excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
                         total[i] -= weight * np.float64(excess)
-        largest = np.uint32(0)
-        for i in range(part.size):
-            value = np.float32(total[i] + np.float64(from_bf16(origin[i])))
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= OVERFLOW:
+        if not add_to_base(total, origin, part):
             return False
     return True
 

@@ -8,13 +8,12 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.floats import from_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = direct.CHUNK
 _GRANULE = 8192
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @njit(nogil=True, cache=True)
@@ -64,12 +63,7 @@ def sum_and_masks(bits: Array, start: int, ratios: Array, keep: Array, out: Arra
         _sum_up(bits, at, totals[: part.size], update)
         for r in range(models):
             _mark(bits[r, at:stop], base, update, ratios[r], keep[r, begin:end])
-        largest = np.uint32(0)
-        for i in range(part.size):
-            value = np.float32(np.float64(update[i]) + np.float64(from_bf16(base[i])))
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+        if not direct.add_to_base(update, base, part):
             return False
     return True
 
@@ -90,20 +84,16 @@ def consensus(bits: Array, start: int, ratios: Array, tasks: int, scale: float, 
         if not direct.all_finite(bits, at, stop):
             return False
         update, base = updates[: part.size], bits[models, at:stop]
-        count = counts[: part.size]
-        _sum_up(bits, at, totals[: part.size], update)
+        count, change = counts[: part.size], totals[: part.size]
+        _sum_up(bits, at, change, update)
         count[:] = 0
         for r in range(models):
             _mark(bits[r, at:stop], base, update, ratios[r], kept[: part.size])
             for i in range(part.size):
                 count[i] += kept[i]
-        largest = np.uint32(0)
         for i in range(part.size):
-            change = scale * np.float64(update[i]) if count[i] >= tasks else 0.0
-            value = np.float32(np.float64(from_bf16(base[i])) + change)
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+            change[i] = scale * np.float64(update[i]) if count[i] >= tasks else 0.0
+        if not direct.add_to_base(change, base, part):
             return False
     return True
 
@@ -149,14 +139,9 @@ def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
             return False
         sign, best = signs[:count], bests[:count]
         _unify(bits, at, totals[:count], sign, best, keep, begin)
-        base = bits[models, at : at + count]
-        largest = np.uint32(0)
         for i in range(count):
-            change = np.float64(best[i] * sign[i])
-            value = np.float32(change + np.float64(from_bf16(base[i])))
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+            best[i] *= sign[i]
+        if not direct.add_to_base(best, bits[models, at : at + count], part):
             return False
     return True
 

@@ -131,12 +131,7 @@ def weighted_sum(
         total[:] = 0.0
         for r in range(models):
             _add_kept(bits[r, at:stop], base, least[r], most[r], weights[r], total)
-        largest = np.uint32(0)
-        for i in range(part.size):
-            value = np.float32(total[i] + np.float64(from_bf16(base[i])))
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+        if not direct.add_to_base(total, base, part):
             return begin
         for k in range(left.size):
             left[k] -= used[k]
