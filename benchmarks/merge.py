@@ -6,7 +6,7 @@ For every method the inputs it reads are first copied through a buffer (read all
 by as many threads), then merged; both costs are CPU seconds of user and system time. Start-up
 (interpreter, imports, loading cached kernels) is measured by the same command on a tiny checkpoint
 and reported apart.
-Writes `results.json` and `results.md`.
+Writes `results.json` and `results.md`, anew after every method.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import yaml
 
 from benchmarks.checkpoints import write_family, write_sparse_family
+from fusekit.errors import FusekitError, RecipeError, did_you_mean
 
 COPY_BUFFER = 1 << 18
 
@@ -83,8 +85,13 @@ class Cost:
     """What one process used: seconds and bytes."""
 
     wall: float
-    cpu: float
+    user: float
+    system: float
     peak_rss: int
+
+    @property
+    def cpu(self) -> float:
+        return self.user + self.system
 
 
 @dataclass(frozen=True)
@@ -103,8 +110,23 @@ class Row:
         return max(self.merge.cpu - self.start_up.cpu, 0.0)
 
     @property
+    def user(self) -> float:
+        """The part of a merge's CPU seconds that its own code took."""
+        return max(self.merge.user - self.start_up.user, 0.0)
+
+    @property
+    def system(self) -> float:
+        """The part that the kernel took for its files and memory."""
+        return max(self.merge.system - self.start_up.system, 0.0)
+
+    @property
     def ratio(self) -> float:
         return self.cpu / self.copy.cpu
+
+    def as_dict(self) -> dict[str, Any]:
+        """All figures, those of the table included."""
+        derived = {key: getattr(self, key) for key in ("cpu", "user", "system", "ratio")}
+        return {**asdict(self), **derived}
 
 
 def run_measured(command: list[str], errors: int | None = None) -> Cost:
@@ -115,7 +137,8 @@ def run_measured(command: list[str], errors: int | None = None) -> Cost:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"failed with status {process.returncode}: {' '.join(command)}")
-    return Cost(time.monotonic() - begun, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    wall = time.monotonic() - begun
+    return Cost(wall, usage.ru_utime, usage.ru_stime, usage.ru_maxrss * 1024)
 
 
 def copy_cost(inputs: list[Path], out: Path, threads: int = 1) -> Cost:
@@ -139,8 +162,28 @@ def copy_cost(inputs: list[Path], out: Path, threads: int = 1) -> Cost:
         os.close(fd)
     after = resource.getrusage(resource.RUSAGE_SELF)
     out.unlink()
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return Cost(time.monotonic() - begun, cpu, after.ru_maxrss * 1024)
+    user, system = after.ru_utime - before.ru_utime, after.ru_stime - before.ru_stime
+    return Cost(time.monotonic() - begun, user, system, after.ru_maxrss * 1024)
+
+
+def check_names(names: list[str], tiny: Path, models: int) -> None:
+    """Refuse benchmarks that do not exist or cannot run, before the first one takes its time.
+
+    Raises:
+        FusekitError: a name that is neither in SETTINGS nor a method, or a method that plans no
+            merge of the models there are.
+    """
+    import fusekit
+
+    for name in names:
+        if name not in SETTINGS and name not in fusekit.methods.available():
+            known = {*SETTINGS, *fusekit.methods.available()}
+            raise RecipeError(f"unknown benchmark {name!r}{did_you_mean(name, known)}")
+        recipe, _ = recipe_for(name, tiny, models)
+        try:
+            fusekit.plan(recipe).close()
+        except FusekitError as error:
+            raise FusekitError(f"benchmark {name!r}: {error}") from None
 
 
 def recipe_for(name: str, family: Path, models: int) -> tuple[dict[str, Any], list[Path]]:
@@ -213,41 +256,73 @@ def table(rows: list[Row], peers: dict[str, float], about: str) -> str:
     lines = [
         about,
         "",
-        "| method | models read | copy CPU s | merge CPU s | ratio | wall s | peak MB "
-        "| start-up CPU s |" + (" peer CPU s |" if peers else ""),
-        "|---|---|---|---|---|---|---|---|" + ("---|" if peers else ""),
+        "| method | models read | copy CPU s | merge CPU s | user | system | ratio | wall s "
+        "| peak MB | start-up CPU s |" + (" peer CPU s |" if peers else ""),
+        "|---|---|---|---|---|---|---|---|---|---|" + ("---|" if peers else ""),
     ]
     for row in rows:
         peer = f" {peers[row.name]:.1f} |" if row.name in peers else " - |" if peers else ""
         lines.append(
-            f"| {row.name} | {row.models} | {row.copy.cpu:.2f} | {row.cpu:.2f} | "
-            f"{row.ratio:.2f} | {row.merge.wall:.2f} | {row.merge.peak_rss / 1e6:.0f} | "
-            f"{row.start_up.cpu:.2f} |{peer}"
+            f"| {row.name} | {row.models} | {row.copy.cpu:.2f} | {row.cpu:.2f} | {row.user:.2f} | "
+            f"{row.system:.2f} | {row.ratio:.2f} | {row.merge.wall:.2f} | "
+            f"{row.merge.peak_rss / 1e6:.0f} | {row.start_up.cpu:.2f} |{peer}"
         )
     return "\n".join(lines) + "\n"
 
 
+def write_results(rows: list[Row], peers: dict[str, float], about: str, out: Path) -> str:
+    """`results.md`, which is returned, and `results.json`; either is old or new, never half."""
+    text = table(rows, peers, about)
+    content = {"about": about, "rows": [row.as_dict() for row in rows], "peers": peers}
+    written = {"results.md": text, "results.json": json.dumps(content, indent=2)}
+    for name, content_of in written.items():
+        draft = out / f"{name}.new"
+        draft.write_text(content_of, encoding="utf-8")
+        draft.replace(out / name)
+    return text
+
+
+def checkpoints(out: Path, parameters: float, models: int, sparse: bool = False) -> Path:
+    """The folder of a family of that size, written unless it is there."""
+    kind = "sparse" if sparse else "dense"
+    family = out / (f"{kind}-{parameters / 1e6:.0f}M-{models}" if parameters else f"tiny-{models}")
+    if not family.exists():
+        draft = family.with_name(f"{family.name}.partial")
+        shutil.rmtree(draft, ignore_errors=True)
+        write = write_sparse_family if sparse else write_family
+        write(draft, parameters, models)
+        draft.rename(family)
+    return family
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parameters", type=float, default=0.5e9)
-    parser.add_argument("--models", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--methods", nargs="*", default=list(SETTINGS))
+    parser.add_argument("--parameters", type=_positive(float), default=0.5e9)
+    parser.add_argument("--models", type=_positive(int), default=3)
+    parser.add_argument("--threads", type=_positive(int), default=2)
+    parser.add_argument("--methods", nargs="+", default=list(SETTINGS), metavar="METHOD")
     parser.add_argument(
-        "--repeat", type=int, default=3, help="copies and merges, in turn, of which the best count"
+        "--repeat",
+        type=_positive(int),
+        default=3,
+        help="copies and merges, in turn, of which the best count",
     )
     parser.add_argument("--sparse", action="store_true", help="files without blocks on disk")
     parser.add_argument("--out", type=Path, default=Path("bench-out"))
     options = parser.parse_args()
 
-    kind = "sparse" if options.sparse else "dense"
-    family = options.out / f"{kind}-{options.parameters / 1e6:.0f}M-{options.models}"
-    tiny = options.out / f"tiny-{options.models}"
-    if not family.exists():
-        write = write_sparse_family if options.sparse else write_family
-        write(family, options.parameters, options.models)
-    if not tiny.exists():
-        write_family(tiny, 0, options.models)
+    tiny = checkpoints(options.out, 0, options.models)
+    try:
+        check_names(options.methods, tiny, options.models)
+    except FusekitError as error:
+        parser.error(str(error))
+    family = checkpoints(options.out, options.parameters, options.models, options.sparse)
+    size = (family / "model0" / "model.safetensors").stat().st_size
+    about = (
+        f"{options.models} models (+ base where the method has one), {size / 1e9:.2f} GB each, "
+        f"bfloat16, {options.threads} threads, {platform.processor() or platform.machine()}, "
+        f"Python {platform.python_version()}."
+    )
     rows: list[Row] = []
     peers: dict[str, float] = {}
     for name in options.methods:
@@ -255,6 +330,7 @@ def main() -> None:
             name, family, tiny, options.out, options.models, options.threads, options.repeat
         )
         rows.append(row)
+        write_results(rows, peers, about, options.out)
         print(f"{name}: {row.ratio:.2f} x copying, {row.merge.peak_rss / 1e6:.0f} MB", flush=True)
         if name in PEER and shutil.which("mergekit-yaml"):
             recipe, _ = recipe_for(name, family, options.models)
@@ -265,21 +341,17 @@ def main() -> None:
                 print(failure, flush=True)
                 continue
             print(f"{name}: {row.cpu:.2f} CPU s, mergekit {peers[name]:.2f}", flush=True)
-    size = (family / "model0" / "model.safetensors").stat().st_size
-    about = (
-        f"{options.models} models (+ base where the method has one), {size / 1e9:.2f} GB each, "
-        f"bfloat16, {options.threads} threads, {platform.processor() or platform.machine()}, "
-        f"Python {platform.python_version()}."
-    )
-    text = table(rows, peers, about)
-    (options.out / "results.md").write_text(text, encoding="utf-8")
-    content = {
-        "about": about,
-        "rows": [{**asdict(row), "ratio": row.ratio} for row in rows],
-        "peers": peers,
-    }
-    (options.out / "results.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    print(text)
+    print(write_results(rows, peers, about, options.out))
+
+
+def _positive(kind: type[float]) -> Callable[[str], float]:
+    def positive(text: str) -> float:
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+
+    return positive
 
 
 if __name__ == "__main__":
