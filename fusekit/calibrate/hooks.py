@@ -211,6 +211,11 @@ class Capture:
         }
         return {name: count for name, count in fed.items() if count}
 
+    def unreached(self) -> list[str]:
+        """The modules that were never called."""
+        sums, _ = self.state()
+        return sorted(set(self.names).difference(*(key.split(SEPARATOR) for key in sums)))
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Sums and counts, from which measuring can go on, by the modules that share them."""
         self.forget()

@@ -69,6 +69,11 @@ class Information:
         """How many examples have been taken in."""
         return {"examples": self.examples}
 
+    def unreached(self) -> list[str]:
+        """What a checkpoint holds of the model that has no gradient: frozen weights, buffers."""
+        own = [*self.model.named_parameters(), *self.model.named_buffers()]
+        return sorted(name for name, x in own if x.is_floating_point() and name not in self.sums)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, int]]:
         """Sums and counts, from which measuring can go on."""
         return self.sums, {"examples": self.examples}

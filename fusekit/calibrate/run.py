@@ -95,7 +95,8 @@ def measure(
     entries = {
         f"{name}/{statistic}": value.cpu().numpy() for name, value in watching.results().items()
     }
-    save_statistics(target, entries, {**described, "counts": watching.counts()})
+    measured = {"counts": watching.counts(), "unreached": watching.unreached()}
+    save_statistics(target, entries, {**described, **measured})
     snapshot.path.unlink(missing_ok=True)
     return target
 

@@ -6,6 +6,7 @@ A safetensors file whose entries are called `<module or parameter>/<kind>`, such
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterable
@@ -46,6 +47,11 @@ class Statistics:
         about: dict[str, Any] = json.loads(self._file.metadata.get("about", "{}"))
         return about
 
+    @functools.cached_property
+    def unreached(self) -> frozenset[str]:
+        """The modules or parameters that the measured model has but the data said nothing of."""
+        return frozenset(self.about.get("unreached", ()))
+
     @property
     def names(self) -> list[str]:
         """All entries."""
@@ -55,11 +61,13 @@ class Statistics:
         """What tells this very file from another one; its header holds the entries' norms."""
         return self._file.identity()
 
-    def require(self, name: str, model: str, tensor: str) -> tuple[int, ...]:
-        """The shape of an entry; a file that lacks it is refused, naming the module."""
+    def require(self, name: str, model: str, tensor: str) -> tuple[int, ...] | None:
+        """The shape of an entry, None if unreached; a file that lacks it otherwise is refused."""
         if name in self._file.tensors:
             return self._file.tensors[name].shape
         owner, _, kind = name.rpartition("/")
+        if owner in self.unreached and kind == self.about.get("statistic"):
+            return None
         measured = sorted({entry.rpartition("/")[2] for entry in self._file.tensors})
         raise CheckpointError(
             f"{self.path}: no {kind} of {owner!r}, which merging tensor {tensor!r} of {model} "

@@ -194,7 +194,9 @@ class Executor:
             raise self._failure
         self._on_progress(self.execution.bytes_written)
         self.execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
-        self.execution.remarks = _with_tensors(self._jobs)
+        self.execution.remarks = with_tensors(
+            (text, job.planned.name) for job in self._jobs for text in job.remarks
+        )
         return self.execution
 
     def _watch(self) -> None:
@@ -494,12 +496,11 @@ class Executor:
             self._end(job)
 
 
-def _with_tensors(jobs: Iterable[_Job]) -> tuple[str, ...]:
-    """Each remark once, with the tensors it was made on."""
+def with_tensors(remarks: Iterable[tuple[str, str]]) -> tuple[str, ...]:
+    """Each remark once, with the tensors it was made on, from remarks with one tensor each."""
     tensors: dict[str, list[str]] = {}
-    for job in jobs:
-        for text in job.remarks:
-            tensors.setdefault(text, []).append(job.planned.name)
+    for text, name in remarks:
+        tensors.setdefault(text, []).append(name)
     return tuple(
         f"{text} (tensor {names[0]!r}" + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
         for text, names in tensors.items()

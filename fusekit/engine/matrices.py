@@ -8,7 +8,7 @@ executor first.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -20,11 +20,18 @@ from fusekit.engine import survey
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace, nonfinite_error
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.engine.device import torch_device
-from fusekit.engine.executor import Execution, Executor, NonFinite, Sink, available_cpus
+from fusekit.engine.executor import (
+    Execution,
+    Executor,
+    NonFinite,
+    Sink,
+    available_cpus,
+    with_tensors,
+)
 from fusekit.engine.measurements import Measurements
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError
-from fusekit.methods.base import Measured, Tensor
+from fusekit.methods.base import Measured, Remark, Tensor
 
 if TYPE_CHECKING:
     import torch
@@ -91,6 +98,7 @@ class WholeTensors:
         self._reading = Workspace(BLOCK_ELEMENTS)
         self._writing = Workspace(BLOCK_ELEMENTS)
         self._nonfinite: list[NonFinite] = []
+        self._remarks: list[tuple[str, str]] = []
         self._measurements = Measurements(plan)
 
     def close(self) -> None:
@@ -117,6 +125,7 @@ class WholeTensors:
                 if on_progress is not None:
                     on_progress(execution.bytes_written)
         execution.bytes_read += self._reading.bytes_read
+        execution.remarks = (*execution.remarks, *with_tensors(self._remarks))
         execution.nonfinite.extend(self._nonfinite)
         execution.nonfinite.sort(key=lambda found: (found.tensor, found.model))
 
@@ -182,13 +191,22 @@ class WholeTensors:
             Measured(torch.from_numpy(values).to(self._device), norm)
             for values, norm in loaded.statistics
         ]
-        merged = self._decomposed(
-            planned, planned.method.matrix, tensor, self._tensors(loaded), measured
-        )
+        steps = planned.method.matrix(tensor, self._tensors(loaded), measured)
+        merged = self._decomposed(planned, self._carried_out, planned.name, steps)
         result: Array = merged.cpu().contiguous().numpy().reshape(-1)
         if loaded.base is not None:
             return np.add(loaded.base, result, out=loaded.base)
         return result
+
+    def _carried_out(self, name: str, steps: Generator[Remark, None, torch.Tensor]) -> torch.Tensor:
+        """What a rule returns; what it has to say of the tensor is noted."""
+        while True:
+            try:
+                remark = next(steps)
+            except StopIteration as stop:
+                merged: torch.Tensor = stop.value
+                return merged
+            self._remarks.append((remark.text, name))
 
     def _tensors(self, loaded: _Loaded) -> list[torch.Tensor]:
         import torch

@@ -27,6 +27,7 @@ class Measurements:
         self._files: dict[str, Statistics] = {}
         self._names: dict[str, list[str]] = {}
         self._norms: dict[str, float] = {}
+        self._unreached: set[str] = set()
         try:
             for planned in _measured(plan):
                 assert planned.method.statistic is not None
@@ -36,8 +37,11 @@ class Measurements:
             raise
 
     def of(self, planned: PlannedTensor) -> list[tuple[Array, float]]:
-        """By model, the statistic of a tensor and the norm of all that the merge takes of it."""
-        if planned.method.statistic is None:
+        """By model, the statistic of a tensor and the norm of all that the merge takes of it.
+
+        Nothing at all where some model's data did not reach the tensor.
+        """
+        if planned.method.statistic is None or planned.name in self._unreached:
             return []
         name = planned.method.statistic(planned.tensor)
         paths = planned.tensor.each("statistics")
@@ -56,6 +60,9 @@ class Measurements:
                 self._files[path] = Statistics(path)
             model = plan.checkpoints[ref.source].reference
             shape = self._files[path].require(name, model, planned.name)
+            if shape is None:
+                self._unreached.add(planned.name)
+                continue
             if expected is not None and shape not in expected:
                 raise CheckpointError(
                     f"{path}: {name!r} has shape {list(shape)}, expected {_either(expected)} for "

@@ -404,11 +404,13 @@ class Measured:
     norm: float
 
 
-MatrixRule = Callable[[Tensor, "list[torch.Tensor]", "list[Measured]"], "torch.Tensor"]
+MatrixRule = Callable[
+    [Tensor, "list[torch.Tensor]", "list[Measured]"], Generator[Remark, None, "torch.Tensor"]
+]
 """(tensor, rows, statistics) -> the merged tensor, or update where the base is the origin.
 
 Rows are the models' tensors, or their task vectors where the base is the origin; they may be
-changed in place.
+changed in place. What it yields on the way is told to the user.
 """
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusekit.errors import RecipeError
 from fusekit.methods import matrix
-from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
 from fusekit.methods.wholes import EMBEDDINGS, is_matrix
 
@@ -32,7 +32,10 @@ def _add(tensor: Tensor, update: torch.Tensor, delta: torch.Tensor) -> torch.Ten
     return grown
 
 
-def _alone(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
+def _alone(
+    tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]
+) -> Generator[Remark, None, torch.Tensor]:
+    yield from ()
     raise RecipeError(_ALONE)
 
 
@@ -45,8 +48,11 @@ _ALONE = "opcm keeps a running update beside its result: merge it by a recipe of
 """Said where it is one step among others (a document that another one draws on)."""
 
 
-def _start(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
+def _start(
+    tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]
+) -> Generator[Remark, None, torch.Tensor]:
     """The update after all models; the first row is the base."""
+    yield from ()
     base, first, *others = rows
     update = first - base
     for row in others:
@@ -59,8 +65,11 @@ def _start_rest(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     return linear([float(1 - tensor.models), *[1.0] * (tensor.models - 1)])
 
 
-def _continue(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
+def _continue(
+    tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]
+) -> Generator[Remark, None, torch.Tensor]:
     """The update after one more model; rows are the update so far, the base, the model."""
+    yield from ()
     update, base, model = rows
     return _add(tensor, update, model - base)
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from fusekit.errors import RecipeError
 from fusekit.methods import matrix
-from fusekit.methods.base import Method, Parameter, Tensor
+from fusekit.methods.base import Method, Parameter, Remark, Tensor
 from fusekit.methods.wholes import (
     EMBEDDINGS,
     HEADS,
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 
-def _wudi(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+def _wudi(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    yield from ()
     common = {"norm_power": tensor["norm_power"], "init": tensor["init"]}
     if tensor["solver"] == "adam":
         merged: torch.Tensor = matrix.quadratic.wudi_adam(
@@ -45,7 +47,8 @@ def _wudi(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
     return merged
 
 
-def _optmerge(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+def _optmerge(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    yield from ()
     merged: torch.Tensor = matrix.optmerge.merge(
         deltas,
         tensor["variant"],

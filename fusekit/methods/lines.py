@@ -150,11 +150,14 @@ def scale_layers(method: Method, by: Schedule) -> Method:
             return combine
         return Copy(-1) if scale == 0.0 else Rescaled(combine, scale)
 
-    def matrix(tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
+    def matrix(
+        tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]
+    ) -> Generator[Remark, None, torch.Tensor]:
         assert method.matrix is not None
         assert by.alpha is not None
         place = by.places[tensor.name]
-        return method.matrix(tensor, rows, measured) * (place.factor * by.alpha + place.offset)
+        merged = yield from method.matrix(tensor, rows, measured)
+        return merged * (place.factor * by.alpha + place.offset)
 
     return replace(
         method,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from fusekit.errors import CheckpointError, RecipeError
 from fusekit.methods import matrix
-from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
 from fusekit.methods.wholes import EMBEDDINGS, HEADS, is_excluded, is_matrix
 
@@ -30,7 +30,12 @@ def _average(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     return linear(_shares(tensor))
 
 
-def _fisher(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
+def _fisher(
+    tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]
+) -> Generator[Remark, None, torch.Tensor]:
+    if not measured:
+        yield Remark("fisher: averaged what had no gradients when it was measured, being frozen")
+        return _averaged(tensor, models)
     rule = {"target": "favour_target", "all": "all", "add": "add"}[tensor["floor_rule"]]
     for path, own in zip(tensor.each("statistics"), measured, strict=True):
         if bool((own.value < 0).any()):
@@ -47,16 +52,32 @@ def _fisher(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]
     return merged
 
 
-def _regmean(tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]) -> torch.Tensor:
+def _averaged(tensor: Tensor, models: list[torch.Tensor]) -> torch.Tensor:
+    merged: torch.Tensor = matrix.linalg.weighted_sum(models, _shares(tensor))
+    return merged
+
+
+def _regmean(
+    tensor: Tensor, models: list[torch.Tensor], measured: list[Measured]
+) -> Generator[Remark, None, torch.Tensor]:
+    if not measured:
+        yield Remark("regmean: averaged layers that no data reached when they were measured")
+        return _averaged(tensor, models)
     inputs = measured[0].value.shape[0]
     transposed = tensor.shape[1] != inputs
-    merged: torch.Tensor = matrix.regmean.merge(
+    solved = matrix.regmean.merge(
         models,
         [own.value for own in measured],
         scale=tensor["scale"],
         factors=_shares(tensor),
         transposed=transposed or (tensor["transposed"] and tensor.shape[0] == inputs),
-    ).weight
+    )
+    if solved.ridged:
+        yield Remark(
+            "regmean: the data leaves the weights undetermined: a ridge was added, which takes the "
+            "average there; measure on more data or lower scale"
+        )
+    merged: torch.Tensor = solved.weight
     return merged
 
 

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from fusekit.methods import matrix
-from fusekit.methods.base import Combine, Copy, Method, Parameter, Summary, Tensor
+from fusekit.methods.base import Combine, Copy, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
 from fusekit.methods.wholes import (
     EMBEDDINGS,
@@ -23,8 +23,11 @@ from fusekit.methods.wholes import (
 if TYPE_CHECKING:
     import torch
 
+    from fusekit.methods.matrix.iso import Isotropic
 
-def _tsv(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+
+def _tsv(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    yield from ()
     weights = tensor.each("weight")
     merged: torch.Tensor = matrix.tsv.merge(
         [d * w if w != 1.0 else d for d, w in zip(deltas, weights, strict=True)]
@@ -40,19 +43,27 @@ def _tsv_rest(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     return linear(weights, 1.0 - sum(weights))
 
 
-def _iso_c(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
-    update: torch.Tensor = matrix.iso.common(deltas, tensor["rank"] == "numerical").update
-    return update
+def _iso_c(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    return (yield from _flattened(tensor, matrix.iso.common(deltas, tensor["rank"])))
 
 
-def _iso_cts(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
-    update: torch.Tensor = matrix.iso.common_and_specific(
-        deltas, tensor["common_space_fraction"], tensor["rank"] == "numerical"
-    ).update
-    return update
+def _iso_cts(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    fraction = tensor["common_space_fraction"]
+    merged = matrix.iso.common_and_specific(deltas, fraction, tensor["rank"])
+    return (yield from _flattened(tensor, merged))
 
 
-def _knots(tensor: Tensor, deltas: list[torch.Tensor]) -> torch.Tensor:
+def _flattened(tensor: Tensor, merged: Isotropic) -> Generator[Remark, None, torch.Tensor]:
+    if tensor["rank"] == "auto" and merged.is_cut:
+        yield Remark(
+            "isotropic merging of updates of low rank: directions without strength were left out; "
+            "rank: full gives them the common strength too"
+        )
+    return merged.update
+
+
+def _knots(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
+    yield from ()
     update: torch.Tensor = matrix.knots.merge(
         deltas, tensor["rule"], tensor["density"], tensor.thresholds
     )
@@ -68,9 +79,9 @@ _RANK = Parameter(
     "rank",
     "choice",
     "full: every direction gets the common strength, as published; numerical: only those above "
-    "rounding noise, for updates of low rank such as LoRAs'.",
-    default="full",
-    choices=("full", "numerical"),
+    "rounding noise; auto: numerical where at most half of them are, as with LoRAs, else full.",
+    default="auto",
+    choices=("auto", "full", "numerical"),
 )
 
 _MARCZAK = (
@@ -79,8 +90,8 @@ _MARCZAK = (
 )
 _CAVEAT = (
     "The best lambda grows with width and number of tasks and is worth a search on validation data "
-    "(0 to 3); updates of very low rank need rank: numerical and lambda below 1. A single model "
-    "does not come back unchanged."
+    "(0 to 3); updates of very low rank need lambda below 1. A single model does not come back "
+    "unchanged."
 )
 
 

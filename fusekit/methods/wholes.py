@@ -8,7 +8,15 @@ from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
 from fusekit.errors import RecipeError
-from fusekit.methods.base import Combine, Copy, Parameter, Summary, Tensor
+from fusekit.methods.base import (
+    Combine,
+    Copy,
+    MatrixRule,
+    Parameter,
+    Remark,
+    Summary,
+    Tensor,
+)
 from fusekit.methods.combines import linear
 
 if TYPE_CHECKING:
@@ -80,12 +88,14 @@ def mean_of_the_rest(tensor: Tensor) -> Generator[Summary, Any, Combine]:
 
 
 def scaled(
-    merge: Callable[[Tensor, list[torch.Tensor]], torch.Tensor],
-) -> Callable[[Tensor, list[torch.Tensor], list[Any]], torch.Tensor]:
+    merge: Callable[[Tensor, list[torch.Tensor]], Generator[Remark, None, torch.Tensor]],
+) -> MatrixRule:
     """A matrix rule from a merge of task vectors: its result times lambda."""
 
-    def rule(tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]) -> torch.Tensor:
-        merged = merge(tensor, rows)
+    def rule(
+        tensor: Tensor, rows: list[torch.Tensor], measured: list[Any]
+    ) -> Generator[Remark, None, torch.Tensor]:
+        merged = yield from merge(tensor, rows)
         return merged if tensor["lambda"] == 1.0 else merged * tensor["lambda"]
 
     return rule

@@ -98,6 +98,20 @@ def test_models_are_calibrated_and_merged(tmp_path: Path, texts: Path) -> None:
     assert set(about["counts"].values()) == {72}
 
 
+def test_what_the_data_says_nothing_of_is_listed(tmp_path: Path) -> None:
+    used, idle, norm = torch.nn.Linear(3, 3), torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(3)
+    model = torch.nn.ModuleDict({"used": used, "idle": idle, "norm": norm})
+    model.forward = lambda x: norm(used(x))  # type: ignore[method-assign]
+    used.bias.requires_grad_(False)
+    batches = [torch.randn(4, 3)]
+    gram = Statistics(measure(model, batches, tmp_path / "gram"))
+    assert gram.names == ["used/gram"]
+    assert gram.unreached == {"idle"}
+    fisher = Statistics(measure(model, batches, tmp_path / "fisher", statistic="fisher"))
+    assert "idle.weight/fisher" in fisher.names
+    assert fisher.unreached == {"used.bias", "norm.running_mean", "norm.running_var"}
+
+
 def test_documents_are_packed_or_taken_one_by_one(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -113,6 +113,37 @@ def test_a_model_without_statistics_is_named(folder: Path) -> None:
         fusekit.plan(path)
 
 
+@pytest.mark.parametrize(("method", "said"), [("regmean", "no data"), ("fisher", "no gradients")])
+def test_what_the_data_did_not_reach_is_averaged_with_a_remark(
+    folder: Path, method: str, said: str
+) -> None:
+    pytest.importorskip("torch")
+    names = ["fc"] if method == "regmean" else ["fc.weight", "fc.bias"]
+    about = {"statistic": {"regmean": "gram"}.get(method, method), "unreached": names}
+    save_statistics(folder / "nothing", {}, about)
+    path = recipe(folder, method, f"{about['statistic']}0", "nothing")
+    content = yaml.safe_load(path.read_text())
+    content["models"][0]["parameters"]["weight"] = 3.0
+    path.write_text(yaml.safe_dump(content))
+    report = fusekit.merge(path, folder / "out")
+    (remark,) = [each for each in report.warnings if said in each]
+    assert "(tensor 'fc." in remark
+    first, second = (load_file(folder / f"m{i}.safetensors")["fc.weight"] for i in range(2))
+    merged = load_file(folder / "out" / "model.safetensors")["fc.weight"]
+    np.testing.assert_allclose(merged, 0.75 * first + 0.25 * second, rtol=1e-6)
+
+
+def test_a_ridge_is_reported(folder: Path) -> None:
+    pytest.importorskip("torch")
+    for i in range(2):
+        few = np.random.default_rng(i).normal(size=(2, SHAPE[1])).astype("f4")
+        save_statistics(folder / f"few{i}", {"fc/gram": few.T @ few / 2}, {})
+    report = fusekit.merge(recipe(folder, "regmean", "few0", "few1", scale=1.0), folder / "out")
+    assert any("a ridge was added" in each and "'fc.weight'" in each for each in report.warnings)
+    shrunk = fusekit.merge(recipe(folder, "regmean", "few0", "few1"), folder / "shrunk")
+    assert not any("ridge" in each for each in shrunk.warnings)
+
+
 def test_models_that_lack_a_tensor_keep_their_own_statistics(folder: Path) -> None:
     """The statistics of the models that are left, not those of the first ones."""
     pytest.importorskip("torch")

@@ -80,6 +80,41 @@ def test_opposite_directions_have_no_karcher_mean() -> None:
         fusekit.merge_state_dicts(models[:2], method="karcher")
 
 
+@pytest.mark.torch
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+def test_updates_of_low_rank_are_flattened_where_they_have_strength(method: str) -> None:
+    pytest.importorskip("torch")
+    rng = np.random.default_rng(4)
+    low = [(rng.normal(size=(40, 3)) @ rng.normal(size=(3, 30)) * 0.01) for _ in range(2)]
+
+    def merged(rank: str | None, models: list[dict[str, Array]]) -> Array:
+        parameters = {} if rank is None else {"rank": rank}
+        done = fusekit.merge_state_dicts(models, method=method, base=BASE, parameters=parameters)
+        return np.asarray(done["w"] - BASE["w"])
+
+    with pytest.warns(UserWarning, match=r"updates of low rank.*rank: full.*\(tensor 'w'\)"):
+        found = merged(None, tuned(*low))
+    assert np.linalg.matrix_rank(found, tol=1e-4) == 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(merged("numerical", tuned(*low)), found)
+        assert np.linalg.matrix_rank(merged("full", tuned(*low)), tol=1e-4) == 30
+        merged(None, tuned(noise(), noise()))
+        assert not merged(None, tuned(0.0, 0.0)).any()
+
+
+@pytest.mark.torch
+def test_remarks_reach_the_user_through_layer_scaling() -> None:
+    pytest.importorskip("torch")
+    base, *models = (
+        {f"layers.{i}.weight": own["w"] for i in range(2)} for own in (BASE, *tuned(0.5, 0.25))
+    )
+    with pytest.warns(UserWarning, match=r"updates of low rank.*'layers.0.weight' and 1 more"):
+        fusekit.merge_state_dicts(
+            models, method="iso_c", base=base, layer_scaling={"alpha": 0.5, "beta": 1.0}
+        )
+
+
 def test_the_command_line_names_each_remark_once(tmp_path: Path) -> None:
     for name, update in {"base": 0.0, "a": 0.5, "b": 0.25}.items():
         (tmp_path / name).mkdir()

@@ -131,7 +131,7 @@ def test_triples_of_a_residual_need_no_residual(
     seed: int, shape: tuple[int, int], numerical: bool
 ) -> None:
     matrix, other = draw(seed, shape, 2)
-    parts = linalg.split(other, 2, numerical)
+    parts = linalg.split(linalg.short_side(other), 2, numerical)
     basis = parts.leading.U
     found = linalg.residual_triples(matrix, parts, 2, numerical)
     wide = matrix.double()
@@ -149,7 +149,7 @@ def test_a_residual_without_strength_has_orthonormal_directions_or_none(
 ) -> None:
     left, right = draw(7, (shape[0], 2), 1)[0], draw(8, (shape[1], 2), 1)[0]
     matrix = left @ right.T
-    parts = linalg.split(matrix, 2, numerical)
+    parts = linalg.split(linalg.short_side(matrix), 2, numerical)
     found = linalg.residual_triples(matrix, parts, 3, numerical)
     if numerical:
         assert float(found.S.sum()) < 1e-4
@@ -165,7 +165,7 @@ def test_large_matrices_have_the_factors_that_lapack_finds(shape: tuple[int, int
     found = linalg.triples(matrix)
     torch.testing.assert_close(found.S, S, rtol=1e-6, atol=0)
     assert_near(found.product(), matrix.double(), 2e-6)
-    factor, _ = linalg.polar(matrix)
+    factor, _ = linalg.polar(linalg.short_side(matrix))
     assert_near(factor.double(), U @ Vh, 2e-5)
 
 
@@ -227,7 +227,7 @@ def test_iso_cts_without_room_for_tasks_is_iso_c() -> None:
 def test_numerical_rank_leaves_directions_without_strength_alone() -> None:
     left, right = draw(22, (20, 2), 2)
     low = left @ right.T
-    numerical, full = iso.common([low], numerical=True), iso.common([low])
+    numerical, full = iso.common([low], "numerical"), iso.common([low], "full")
     assert torch.linalg.matrix_rank(numerical.update.double(), rtol=1e-5) == 2
     assert torch.linalg.matrix_rank(full.update.double(), rtol=1e-5) == 20
 

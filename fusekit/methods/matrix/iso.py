@@ -3,43 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fusekit.methods.matrix.linalg import (
+    Side,
     orthogonalized_product,
     polar,
     residual_triples,
+    short_side,
     split,
     total,
 )
 
+Rank = Literal["auto", "full", "numerical"]
+
 
 class Isotropic(NamedTuple):
-    """A merged update all of whose non-zero singular values are `sigma`."""
+    """A merged update all of whose non-zero singular values are `sigma`.
+
+    `is_cut` says whether the others, of a sum that is not zero, are left out as rounding noise.
+    """
 
     update: Tensor
     sigma: float
+    is_cut: bool
 
 
-def common(deltas: Sequence[Tensor], numerical: bool = False) -> Isotropic:
+def common(deltas: Sequence[Tensor], rank: Rank = "auto") -> Isotropic:
     """Iso-C: `sigma U V^T` with `U S V^T = sum_i delta_i` and sigma the mean singular value.
 
     Args:
         deltas: T task vectors (m, n).
-        numerical: take only the directions above rounding noise, and average over them; otherwise
-            directions in which the sum has no strength at all get sigma too (which directions, is
-            up to the decomposition).
+        rank: `numerical` takes only the directions above rounding noise, and averages over them;
+            with `full` directions in which the sum has no strength at all get sigma too (which
+            directions, is up to the decomposition); `auto` is `numerical` where the sum is of at
+            most half its full rank, as sums of LoRAs are, and `full` elsewhere.
 
     References:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         arXiv 2502.04959.
     """
-    direction, S = polar(total(deltas), numerical)
+    return _common(short_side(total(deltas)), rank, deltas[0].dtype)
+
+
+def _common(summed: Side, rank: Rank, dtype: torch.dtype) -> Isotropic:
+    numerical = _is_numerical(summed, rank)
+    direction, S = polar(summed, numerical)
     sigma = _mean(S)
-    return Isotropic(direction.to(deltas[0].dtype) * sigma, sigma)
+    return Isotropic(direction.to(dtype) * sigma, sigma, numerical and sigma > 0)
+
+
+def _is_numerical(summed: Side, rank: Rank) -> bool:
+    if rank == "auto":
+        return 2 * len(summed.standing_out().S) <= len(summed.S)
+    return rank == "numerical"
 
 
 def _mean(values: Tensor) -> float:
@@ -53,7 +73,7 @@ def specific_directions(rank: int, models: int, fraction: float) -> int:
 
 
 def common_and_specific(
-    deltas: Sequence[Tensor], fraction: float = 0.8, numerical: bool = False
+    deltas: Sequence[Tensor], fraction: float = 0.8, rank: Rank = "auto"
 ) -> Isotropic:
     """Iso-CTS: leading directions of the sum, then each task's own beside them, one strength.
 
@@ -64,22 +84,24 @@ def common_and_specific(
     Args:
         deltas: T task vectors (m, n).
         fraction: share of the min(m, n) directions that stays common; 1 is Iso-C.
-        numerical: as in `common`, of which this is the limit without directions of their own.
+        rank: as in `common`, of which this is the limit without directions of their own.
 
     References:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
         arXiv 2502.04959.
     """
-    rank = min(deltas[0].shape)
-    own = specific_directions(rank, len(deltas), fraction)
+    directions = min(deltas[0].shape)
+    own = specific_directions(directions, len(deltas), fraction)
+    summed = short_side(total(deltas))
     if own == 0:
-        return common(deltas, numerical)
-    summed = split(total(deltas), rank - own * len(deltas), numerical)
-    pieces = [residual_triples(delta, summed, own, numerical) for delta in deltas]
-    pieces.append(summed.leading)
+        return _common(summed, rank, deltas[0].dtype)
+    numerical = _is_numerical(summed, rank)
+    parts = split(summed, directions - own * len(deltas), numerical)
+    pieces = [residual_triples(delta, parts, own, numerical) for delta in deltas]
+    pieces.append(parts.leading)
     S = torch.cat([piece.S for piece in pieces])
     sigma = _mean(S)
     U = torch.cat([piece.U for piece in pieces], dim=1)
     V = torch.cat([piece.V for piece in pieces], dim=1)
     flat = orthogonalized_product(U, torch.full_like(S, sigma), V)
-    return Isotropic(flat.to(deltas[0].dtype), sigma)
+    return Isotropic(flat.to(deltas[0].dtype), sigma, numerical and sigma > 0)

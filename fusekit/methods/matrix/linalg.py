@@ -61,6 +61,11 @@ class Side(NamedTuple):
     Q: Tensor
     scale: Tensor
 
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix itself (m, n)."""
+        return self.short.T if self.flip else self.short
+
     def leading(self, count: int) -> Side:
         """The `count` largest values."""
         return self._replace(S=self.S[:count], Q=self.Q[:, :count])
@@ -155,21 +160,20 @@ class Split(NamedTuple):
     rest: Tensor | None
 
 
-def split(matrix: Tensor, count: int, numerical: bool) -> Split:
+def split(found: Side, count: int, numerical: bool) -> Split:
     """The leading `count` triples and the left vectors that are orthogonal to theirs.
 
     Args:
-        matrix: (m, n).
+        found: the `short_side` of the matrix (m, n).
         count: how many of the largest are wanted.
         numerical: only those that stand out from rounding noise; otherwise all, and where the
             matrix has (nearly) no strength, directions are what LAPACK's SVD makes of them.
     """
-    found = short_side(matrix)
     wanted = (found.standing_out() if numerical else found).leading(count)
     if numerical or wanted.is_sound():
         leading, left = wanted.triples(), found.Q
     else:
-        dense = _dense_triples(matrix, min(matrix.shape))
+        dense = _dense_triples(found.matrix, len(found.S))
         leading, left = dense.leading(count), dense.U
     return Split(leading, None if found.flip else left[:, len(leading.S) :])
 
@@ -205,19 +209,18 @@ def _dense_triples(matrix: Tensor, count: int) -> Triples:
     return Triples(U, S, Vh.T).leading(count)
 
 
-def polar(matrix: Tensor, numerical: bool = False) -> tuple[Tensor, Tensor]:
-    """`U V^T` for `matrix = U diag(S) V^T`, and S.
+def polar(found: Side, numerical: bool = False) -> tuple[Tensor, Tensor]:
+    """`U V^T` for a matrix `U diag(S) V^T`, and S.
 
     Args:
-        matrix: (m, n).
+        found: the `short_side` of the matrix (m, n).
         numerical: of the triples that stand out from rounding noise only, as `triples`; otherwise
             of all min(m, n).
     """
-    found = short_side(matrix)
     if numerical:
         found = found.standing_out()
     elif not found.is_sound():
-        U, S, V = _dense_triples(matrix, min(matrix.shape))
+        U, S, V = _dense_triples(found.matrix, len(found.S))
         return U @ V.T, S
     short = found.precise()
     mixing = outer(found.Q / found.S.sqrt()).to(short.dtype)
@@ -274,3 +277,11 @@ def mean(deltas: Sequence[Tensor]) -> Tensor:
     for delta in deltas[1:]:
         result += delta
     return result.div_(len(deltas))
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """The sum of tensors times their weights, accumulated in float64, in their own type."""
+    result = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        result.add_(tensor, alpha=weight)
+    return result.to(tensors[0].dtype)
