@@ -401,12 +401,19 @@ def writer_for(adapter: Adapter, folder: str | Path, **options: Any) -> AdapterW
     return AdapterWriter(folder, adapter.config, header_room=room, **options)
 
 
-def write_modules(adapter: Adapter, writer: AdapterWriter, threads: int | None = None) -> None:
-    """Write all that a writer does not have yet; see `write_adapter`."""
+def write_modules(
+    adapter: Adapter,
+    writer: AdapterWriter,
+    threads: int | None = None,
+    on_module: Callable[[str], None] | None = None,
+) -> None:
+    """Write all that a writer does not have yet, see `write_adapter`; tells of every module."""
     missing = [name for name in adapter.modules if name not in writer.finished]
     for module in _computed(adapter.modules, missing, threads or os.cpu_count() or 1):
         if module.rank > 0:
             writer.add(module)
+        if on_module is not None:
+            on_module(module.name)
     for name, tensor in adapter.replacements.items():
         writer.replace(name, tensor)
 

@@ -22,7 +22,7 @@ from fusekit.adapters.merge import (
     merge_adapters,
 )
 from fusekit.adapters.peft_format import CONFIG_NAME, load_adapter
-from fusekit.adapters.peft_writer import write_modules, writer_for
+from fusekit.adapters.peft_writer import AdapterWriter, write_modules, writer_for
 from fusekit.adapters.provenance import (
     Provenance,
     adapter_files,
@@ -39,6 +39,7 @@ from fusekit.errors import FusekitError, RecipeError, did_you_mean
 from fusekit.memory import peak_memory
 from fusekit.methods.base import Parameter
 from fusekit.methods.registry import available
+from fusekit.progress import Progress
 from fusekit.recipe.parameters import Lookup, read_level
 from fusekit.recipe.schema import ModelEntry, Recipe
 
@@ -246,6 +247,15 @@ class AdapterPlan:
         """Names of the base tensors that the merged adapter updates."""
         return list(dict.fromkeys(name for adapter in self.adapters for name in adapter.modules))
 
+    def module_bytes(self) -> dict[str, int]:
+        """Size of all adapters' factors of every module."""
+        sizes = dict.fromkeys(self.modules, 0)
+        for adapter in self.adapters:
+            for name in adapter.modules:
+                module = adapter.outline(name) or adapter.modules[name]
+                sizes[name] += module.A.nbytes + module.B.nbytes
+        return sizes
+
     def input_bytes(self) -> list[int]:
         """Size of every adapter on the disk."""
         return [sum(f.stat().st_size for f in adapter_files(folder)) for folder in self.folders]
@@ -334,12 +344,14 @@ def merge_recipe(
     threads: int | None = None,
     resume: bool = True,
     overwrite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> MergeReport:
     """Merge the adapters of a recipe into a new PEFT folder with a manifest.
 
     Until it is complete, the folder is called `<out>.partial`. Whatever takes more than seconds
     notes there what is finished; with `resume` the same merge goes on from that, another one
-    starts over.
+    starts over. `on_progress` is called after every module, counting the bytes of the adapters'
+    factors.
 
     Raises:
         RecipeError, CheckpointError, FusekitError: see `plan_adapters` and `merge_adapters`.
@@ -350,7 +362,12 @@ def merge_recipe(
     from fusekit.engine.run import MergeReport
 
     written = merge_planned(
-        plan_adapters(recipe), out, threads=threads, resume=resume, overwrite=overwrite
+        plan_adapters(recipe),
+        out,
+        threads=threads,
+        resume=resume,
+        overwrite=overwrite,
+        on_progress=on_progress,
     )
     return MergeReport(out=out, peak_rss=peak_memory(), **dataclasses.asdict(written))
 
@@ -374,6 +391,7 @@ def merge_planned(
     threads: int | None = None,
     resume: bool = True,
     overwrite: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> Written:
     """Carry out a plan; arguments as of `merge_recipe`. Closes the plan's base."""
     begun, cpu = time.monotonic(), time.process_time()
@@ -384,7 +402,8 @@ def merge_planned(
         )
         options = {"provenance": _provenance(plan), "overwrite": overwrite, "resume": resume}
         with writer_for(merged, out, **options) as writer:
-            write_modules(merged, writer, threads)
+            told = None if on_progress is None else _telling(plan, writer, begun, on_progress)
+            write_modules(merged, writer, threads, told)
     finally:
         if base is not None:
             base.close()
@@ -398,6 +417,25 @@ def merge_planned(
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
     )
+
+
+def _telling(
+    plan: AdapterPlan,
+    writer: AdapterWriter,
+    begun: float,
+    on_progress: Callable[[Progress], None],
+) -> Callable[[str], None]:
+    """What to call after every module so that `on_progress` is told how far the merge is."""
+    sizes = plan.module_bytes()
+    total = sum(sizes.values())
+    done = sum(sizes[name] for name in writer.finished)
+
+    def merged(module: str) -> None:
+        nonlocal done
+        done += sizes[module]
+        on_progress(Progress(done, total, time.monotonic() - begun))
+
+    return merged
 
 
 def _method(name: str) -> str:

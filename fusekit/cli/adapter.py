@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fusekit.cli.format import size
+from fusekit.cli.merge import progress
 
 if TYPE_CHECKING:
     from fusekit.adapters.adapter import Adapter
@@ -199,7 +200,15 @@ def merge(
     plan = plan_adapters(load_recipe(recipe), component)
     for adapter in plan.adapters:
         _print_left_out(adapter)
-    report = merge_planned(plan, out, threads=threads, resume=resume, overwrite=overwrite)
+    with progress() as on_progress:
+        report = merge_planned(
+            plan,
+            out,
+            threads=threads,
+            resume=resume,
+            overwrite=overwrite,
+            on_progress=on_progress,
+        )
     typer.echo(
         f"{out}: {method.value} of {len(adapters)} adapter{'s' * (len(adapters) > 1)}, "
         f"{report.tensors} tensors, "

@@ -14,7 +14,8 @@ from fusekit.cli import plan as plan_command
 from fusekit.cli.format import size
 
 if TYPE_CHECKING:
-    from fusekit.engine.run import MergeReport, Progress
+    from fusekit.engine.run import MergeReport
+    from fusekit.progress import Progress
 
 PLAIN_SECONDS = 10.0
 """How often progress is printed where there is no terminal."""
@@ -82,7 +83,7 @@ def merge(
         raise typer.BadParameter(
             "OUT is missing: the folder to create (or use --into or --dry-run)"
         )
-    with _progress() as on_progress:
+    with progress() as on_progress:
         report = run(
             recipe,
             out,
@@ -111,7 +112,7 @@ def _say_uploading(name: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def progress() -> Iterator[Callable[[Progress], None]]:
     """A bar with GB/s and time left on a terminal, plain lines elsewhere."""
     if not sys.stderr.isatty():
         yield _plain_progress()

@@ -21,10 +21,11 @@ from fusekit.checkpoint.writer import check_target
 from fusekit.engine.manifest import MANIFEST
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.planner import plan_checkpoints
-from fusekit.engine.run import MergeReport, Progress, run_plan
+from fusekit.engine.run import MergeReport, run_plan
 from fusekit.errors import CheckpointError, FusekitError, did_you_mean
 from fusekit.methods.base import Block, Combine, Method, Parameter, Summary, Tensor
 from fusekit.methods.task_masks import mask_bytes
+from fusekit.progress import Progress
 from fusekit.recipe.schema import load_recipe
 
 Array = np.ndarray[Any, np.dtype[Any]]

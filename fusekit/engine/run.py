@@ -36,19 +36,11 @@ from fusekit.errors import FusekitError, RecipeError
 from fusekit.memory import peak_memory
 from fusekit.methods.base import Granularity
 from fusekit.methods.registry import find
+from fusekit.progress import Progress
 from fusekit.recipe.schema import Recipe, load_recipe
 
 SYNC_SECONDS = 5.0
 """How often finished tensors are forced to the disk and noted in the journal."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a merge is, for whoever shows it."""
-
-    written: int
-    total: int
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -107,7 +99,8 @@ def merge(
         resume: continue a merge that was interrupted; False starts over.
         overwrite: replace `out` if it exists, once the merge is complete.
         allow_nonfinite: let NaN and Inf through and report them, instead of refusing them.
-        on_progress: called a few times a second from the calling thread.
+        on_progress: called a few times a second from the calling thread, or after every module of
+            adapters.
         on_compile: called once if kernels must be compiled, which only the first use needs.
         on_upload: called with the name of every file before it is sent to a URL.
         work: the working folder of an output to a URL; default one in the user's cache folder.
@@ -171,10 +164,8 @@ def _merge_locally(
 ) -> MergeReport:
     """Merge into a folder on this machine; with `reuse`, keep it if it is what would be made."""
     if merges_adapters(recipe):
-        resume = options["resume"]
-        return merge_adapter_recipe(
-            recipe, target, threads=threads, resume=resume, overwrite=overwrite
-        )
+        chosen = {name: options[name] for name in ("resume", "on_progress")}
+        return merge_adapter_recipe(recipe, target, threads=threads, overwrite=overwrite, **chosen)
     check_target(target, overwrite)
 
     def run(plan: Plan, folder: Path) -> MergeReport:

@@ -447,3 +447,26 @@ def test_methods_without_kernels_do_not_import_their_compiler(method, folder):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("method", ["svd", "cat", "knots_ties"])
+def test_progress_is_told_after_every_module_in_bytes_of_the_adapters(tmp_path, method):
+    shapes = {"big.weight": (40, 30), "small.weight": (8, 6)}
+    for i in range(2):
+        write_adapter(random_adapter(i, shapes), tmp_path / f"task{i}")
+    seen = []
+    models = [{"model": str(tmp_path / f"task{i}")} for i in range(2)]
+    parameters = {"density": 0.5} if method == "knots_ties" else {}
+    fusekit.merge(
+        {"merge_method": method, "models": models, "parameters": parameters},
+        tmp_path / "out",
+        on_progress=seen.append,
+    )
+    factors = [load_file(tmp_path / f"task{i}" / "adapter_model.safetensors") for i in range(2)]
+    sizes = [
+        sum(x.nbytes for own in factors for name, x in own.items() if module in name)
+        for module in ("big", "small")
+    ]
+    assert [at.written for at in seen] == [sizes[0], sum(sizes)]
+    assert {at.total for at in seen} == {sum(sizes)}
+    assert all(at.seconds > 0 for at in seen)

@@ -147,7 +147,10 @@ def test_a_recipe_of_adapters_resumes_unless_told_not_to(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         fusekit.merge(recipe, tmp_path / "out", threads=1)
     assert json.loads((tmp_path / "out.partial" / JOURNAL_NAME).read_text().splitlines()[0])
-    assert fusekit.merge(recipe, tmp_path / "out", threads=1).resumed == 6
+    seen = []
+    report = fusekit.merge(recipe, tmp_path / "out", threads=1, on_progress=seen.append)
+    assert report.resumed == 6
+    assert [at.written * 6 / at.total for at in seen] == [4, 5, 6]
     assert fusekit.verify(tmp_path / "out").ok
     assert fusekit.merge(recipe, tmp_path / "again", resume=False).resumed == 0
     same = "adapter_model.safetensors"
