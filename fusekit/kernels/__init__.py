@@ -15,6 +15,7 @@ GRANULE = 8192
 
 _SUBMODULES = (
     "aligned",
+    "ballot",
     "codecs",
     "columns",
     "columnwise",

@@ -217,21 +217,13 @@ def sums(bits: Array, start: int, size: int, what: int, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def _add_sizes(
-    model: Array, base: Array, pairs: Array, upper: bool, threshold: np.uint32, sizes: Array
-) -> bool:
-    """sizes += magnitudes of half a run's updates, and of the kept ones; whether any draw ties."""
-    whole, kept = sizes[0], sizes[1]
-    shift = np.uint32(16 if upper else 0)
+def _add_sizes(model: Array, base: Array, kept: Array, whole: Array, left: Array) -> None:
+    """Add the magnitudes of updates, and of those that are kept."""
     zero = np.float32(0)
-    tied = np.uint32(0)
     for i in range(model.size):
         size = abs(from_bf16(model[i]) - from_bf16(base[i]))
-        draw = np.uint32(np.uint32(pairs[i] >> shift) & random.LOW)
         whole[i] += size
-        kept[i] += size if draw <= threshold else zero
-        tied |= np.uint32(draw == threshold)
-    return bool(tied != 0)
+        left[i] += size if kept[i] else zero
 
 
 @njit(nogil=True, cache=True)
@@ -250,34 +242,24 @@ def drop_sums(
     magnitudes in float32 before float64 takes over.
     """
     models = bits.shape[0] - 1
-    pairs = np.empty(random.HALF, np.uint32)
-    sizes = np.empty((2, random.HALF), np.float32)
-    lanes = np.empty((2, random.HALF), np.float64)
+    kept = np.empty(random.RUN, np.uint8)
+    sizes = np.empty((2, _LANES), np.float32)
+    lanes = np.empty((2, _LANES), np.float64)
+    whole, left = sizes[0], sizes[1]
     for granule in range(out.shape[0]):
         begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
         for r in range(models):
-            threshold, rest = random.thresholds(densities[r])
             sizes[:] = np.float32(0)
-            dropped = np.float64(0.0)
-            for at in range(begin, end, random.RUN):
-                first, second = random.draw(position + at, keys[r], pairs)
-                a, c = start + at, start + min(at + random.RUN, end)
-                b = min(a + random.HALF, c)
-                base = bits[models]
-                tied = _add_sizes(bits[r, a:b], base[a:b], pairs, False, threshold, sizes)
-                tied |= _add_sizes(bits[r, b:c], base[b:c], pairs, True, threshold, sizes)
-                if tied:
-                    for i in range(c - a):
-                        if random.is_dropped(
-                            i, position + at, pairs, threshold, rest, first, second
-                        ):
-                            excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
-                            dropped += abs(np.float64(excess))
+            for run in range(begin, end, random.RUN):
+                random.survivors(position + run, keys[r], densities[r], kept)
+                for at in range(0, random.RUN, _LANES):
+                    a, b = start + min(run + at, end), start + min(run + at + _LANES, end)
+                    flags = kept[at : at + _LANES]
+                    _add_sizes(bits[r, a:b], bits[models, a:b], flags, whole, left)
             for which in range(2):
-                for i in range(random.HALF):
+                for i in range(_LANES):
                     lanes[which, i] = np.float64(sizes[which, i])
                 out[granule, which * models + r] = folded(lanes[which])
-            out[granule, models + r] -= dropped
 
 
 @njit(nogil=True, cache=True)
@@ -292,25 +274,12 @@ def add_to_base(change: Array, base: Array, out: Array) -> bool:
 
 
 @njit(nogil=True, cache=True)
-def _add_kept(
-    model: Array,
-    base: Array,
-    pairs: Array,
-    upper: bool,
-    threshold: np.uint32,
-    weight: float,
-    total: Array,
-) -> bool:
-    """total += weight * the kept updates of half a run; whether any draw ties."""
-    shift = np.uint32(16 if upper else 0)
+def _add_kept(model: Array, base: Array, kept: Array, weight: float, total: Array) -> None:
+    """total += weight * the kept updates."""
     zero = np.float32(0)
-    tied = np.uint32(0)
-    for i in range(model.size):
+    for i in range(total.size):
         update = from_bf16(model[i]) - from_bf16(base[i])
-        draw = np.uint32(np.uint32(pairs[i] >> shift) & random.LOW)
-        total[i] += weight * np.float64(update if draw <= threshold else zero)
-        tied |= np.uint32(draw == threshold)
-    return bool(tied != 0)
+        total[i] += weight * np.float64(update if kept[i] else zero)
 
 
 @njit(nogil=True, cache=True)
@@ -329,31 +298,19 @@ def drop_weighted_sum(
     as `weighted_sum` does.
     """
     models = bits.shape[0] - 1
-    base = bits[models]
-    pairs = np.empty(random.HALF, np.uint32)
+    kept = np.empty(random.RUN, np.uint8)
     totals = np.empty(random.RUN, np.float64)
     for at in range(0, out.size, random.RUN):
         part = out[at : at + random.RUN]
-        a, c = start + at, start + at + part.size
-        if not all_finite(bits, a, c):  # what is dropped would not show in the result
+        a, b = start + at, start + at + part.size
+        if not all_finite(bits, a, b):  # what is dropped would not show in the result
             return False
-        b = min(a + random.HALF, c)
-        total = totals[: part.size]
-        lower, upper = total[: b - a], total[b - a :]
-        origin = base[a:c]
+        base, total = bits[models, a:b], totals[: part.size]
         total[:] = 0.0
         for r in range(models):
-            threshold, rest = random.thresholds(densities[r])
-            first, second = random.draw(position + at, keys[r], pairs)
-            weight = weights[r]
-            tied = _add_kept(bits[r, a:b], base[a:b], pairs, False, threshold, weight, lower)
-            tied |= _add_kept(bits[r, b:c], base[b:c], pairs, True, threshold, weight, upper)
-            if tied:
-                for i in range(part.size):
-                    if random.is_dropped(i, position + at, pairs, threshold, rest, first, second):
-                        excess = from_bf16(bits[r, a + i]) - from_bf16(base[a + i])
-                        total[i] -= weight * np.float64(excess)
-        if not add_to_base(total, origin, part):
+            random.survivors(position + at, keys[r], densities[r], kept)
+            _add_kept(bits[r, a:b], base, kept, weights[r], total)
+        if not add_to_base(total, base, part):
             return False
     return True
 

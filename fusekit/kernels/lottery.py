@@ -13,9 +13,9 @@ from numba import njit, types
 from numba.core.errors import TypingError
 from numba.extending import intrinsic
 
-from fusekit.kernels import direct, lanes, ranks, trimmed, vectors
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16, value_of
-from fusekit.kernels.random import uniform_bits
+from fusekit.kernels import direct, lanes, random, ranks, vectors
+from fusekit.kernels.ballot import Election, merge_kept
+from fusekit.kernels.floats import value_of
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -23,8 +23,6 @@ _tuple_of: Any = types.UniTuple
 
 LANES = lanes.LANES
 """Entries whose fate is kept in one integer."""
-
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 def _kept_sums(typingctx: Any, sizes: Any, kept: Any) -> Any:
@@ -213,11 +211,11 @@ def draw(
     rivals, shift = rivals_per_ticket(length - 1, tickets)
     for begin in range(0, model.size, length * stride):
         if stride > 1:
-            uniform_bits(key, start + begin, group)
+            random.uniform_bits(key, start + begin, group)
         for offset in range(stride):
             _take_sizes(model, base, begin + offset, stride, length, sizes)
             if stride == 1:
-                uniform_bits(key, start + begin, bits[:length])
+                random.uniform_bits(key, start + begin, bits[:length])
             else:
                 for i in range(length):
                     bits[i] = group[offset + i * stride]
@@ -259,53 +257,57 @@ def elect_of_three(
     position: int,
     packed: Array,
     factors: Array,
-    ballots: Array,
-    weights: Array,
-    divide: bool,
-    scale: float,
+    rule: Election,
     out: Array,
 ) -> bool:
-    """Sign election by mass and merging of the survivors of three task vectors, encoded.
+    """Sign election and merging of the survivors of three task vectors, encoded.
 
     Args:
         bits: (4, any) of bfloat16, the base last; the wanted elements begin at `start`.
         position: where in the tensor they begin, a multiple of 8.
         packed: (3, bytes) of `draw`.
         factors: (3,) float32 by which survivors are multiplied.
-        ballots, weights, divide, scale, out: as for `trimmed.elect_of_three`.
+        rule, out: as for `trimmed.elect_of_three`.
 
     Returns:
         whether all values are finite; `out` is else not to be used.
     """
-    a, b, c = ballots[0], ballots[1], ballots[2]
-    u, v, w = np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2])
-    p, q, r = factors[0], factors[1], factors[2]
-    zero, factor = np.float32(0), np.float32(scale)
-    flags = np.empty((3, direct.CHUNK), np.uint8)
+    kept = np.empty((3, direct.CHUNK), np.uint8)
     for begin in range(0, out.size, direct.CHUNK):
         part = out[begin : begin + direct.CHUNK]
-        at, stop = start + begin, start + begin + part.size
-        if not direct.all_finite(bits, at, stop):  # what is dropped would not show in the result
+        at = start + begin
+        if not direct.all_finite(bits, at, at + part.size):  # the dropped would not show
             return False
         for model in range(3):
-            ranks.unpack(packed[model, (position + begin) >> 3 :], flags[model])
-        base, first, second, third = (
-            bits[3, at:stop],
-            bits[0, at:stop],
-            bits[1, at:stop],
-            bits[2, at:stop],
-        )
-        one, two, three = flags[0], flags[1], flags[2]
-        largest = np.uint32(0)
-        for i in range(part.size):
-            origin = from_bf16(base[i])
-            x, y = p * (from_bf16(first[i]) - origin), q * (from_bf16(second[i]) - origin)
-            z = r * (from_bf16(third[i]) - origin)
-            x, y = x if one[i] else zero, y if two[i] else zero
-            z = z if three[i] else zero
-            value = trimmed.elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+            ranks.unpack(packed[model, (position + begin) >> 3 :], kept[model])
+        if merge_kept(bits, at, kept, factors, rule, part) >= direct.OVERFLOW:
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def drop_and_elect(
+    bits: Array,
+    start: int,
+    position: int,
+    keys: Array,
+    densities: Array,
+    factors: Array,
+    rule: Election,
+    out: Array,
+) -> bool:
+    """`elect_of_three` of what `random.drop` leaves under these keys and densities, (3,) each.
+
+    `position` is a multiple of a granule.
+    """
+    kept = np.empty((3, random.RUN), np.uint8)
+    for begin in range(0, out.size, random.RUN):
+        part = out[begin : begin + random.RUN]
+        at = start + begin
+        if not direct.all_finite(bits, at, at + part.size):
+            return False
+        for model in range(3):
+            random.survivors(position + begin, keys[model], densities[model], kept[model])
+        if merge_kept(bits, at, kept, factors, rule, part) >= direct.OVERFLOW:
             return False
     return True

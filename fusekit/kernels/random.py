@@ -13,8 +13,8 @@ _GRANULE = 8192
 RUN = 1024
 """Entries that share their hashes: a half of them each half a hash."""
 
-HALF = 512
-LOW = np.uint32(0xFFFF)
+_HALF = RUN // 2
+_LOW = np.uint32(0xFFFF)
 _C1 = np.uint32(0x7FEB352D)
 _C2 = np.uint32(0x846CA68B)
 
@@ -62,95 +62,56 @@ def uniform_bits(key: np.uint64, start: int, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def pair(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
-    """A hash whose both halves are well mixed: two 16-bit draws."""
-    h = _hash(offset, first, second)
-    return np.uint32(h ^ (h >> np.uint32(16)))
+def survivors(position: int, key: np.uint64, density: float, kept: Array) -> None:
+    """kept[i] = 1 where the entry at `position` + i, a multiple of `RUN`, survives, else 0.
 
+    A run takes its draws from 512 hashes: entry l < 512 the lower half of the l-th, entry 512 + l
+    the upper. A draw of 16 bits settles all but one entry in 65,536; for those a second one of 32
+    bits is taken.
 
-@njit(nogil=True, cache=True)
-def second_draw(offset: int, first: np.uint32, second: np.uint32) -> np.uint32:
-    """32 bits that decide where the first draw equals the threshold."""
-    return np.uint32(_hash(offset, second, first))
-
-
-@njit(nogil=True, cache=True)
-def thresholds(density: float) -> tuple[np.uint32, float]:
-    """What the first draw is compared with, and the second where the first is equal."""
+    Args:
+        position: where in the tensor the run begins.
+        key: of the tensor and model.
+        density: the probability to survive.
+        kept: (RUN,) uint8.
+    """
     scaled = density * 65536.0
     threshold = np.uint32(min(np.floor(scaled), 65535.0))
-    return threshold, min((scaled - np.float64(threshold)) * 4294967296.0, 4294967296.0)
-
-
-@njit(nogil=True, cache=True)
-def draw(position: int, key: np.uint64, pairs: Array) -> tuple[np.uint32, np.uint32]:
-    """The HALF hashes of the run that `position` lies in: first draws, two to a hash.
-
-    Returns the keys of the granule.
-    """
+    rest = (scaled - np.float64(threshold)) * 4294967296.0
     granule, offset = divmod(position, _GRANULE)
     first, second = granule_keys(key, granule)
-    at = offset // RUN * HALF
-    for i in range(HALF):
-        pairs[i] = pair(at + i, first, second)
-    return first, second
-
-
-@njit(nogil=True, cache=True)
-def is_dropped(
-    entry: int,
-    position: int,
-    pairs: Array,
-    threshold: np.uint32,
-    rest: float,
-    first: np.uint32,
-    second: np.uint32,
-) -> bool:
-    """Whether an entry whose first draw is the threshold is dropped by its second.
-
-    `entry` counts from the beginning of the run, which is at `position`.
-    """
-    lane = entry % HALF
-    upper = entry >= HALF
-    drawn = np.uint32(pairs[lane] >> np.uint32(16)) if upper else np.uint32(pairs[lane] & LOW)
-    if drawn != threshold:
-        return False
-    return bool(second_draw(position % _GRANULE + entry, first, second) >= rest)
+    at = offset // 2
+    lower, upper = kept[:_HALF], kept[_HALF:]
+    ties = np.uint32(0)
+    for i in range(_HALF):
+        h = _hash(at + i, first, second)
+        h ^= h >> np.uint32(16)  # now both halves are well mixed
+        low, high = np.uint32(h & _LOW), np.uint32(h >> np.uint32(16))
+        ties |= np.uint32(low == threshold) | np.uint32(high == threshold)
+        lower[i] = np.uint8(low <= threshold)
+        upper[i] = np.uint8(high <= threshold)
+    if not ties:
+        return
+    for i in range(_HALF):
+        h = _hash(at + i, first, second)
+        h ^= h >> np.uint32(16)
+        if np.uint32(h & _LOW) == threshold:
+            lower[i] = np.uint8(_hash(offset + i, second, first) < rest)
+        if np.uint32(h >> np.uint32(16)) == threshold:
+            upper[i] = np.uint8(_hash(offset + _HALF + i, second, first) < rest)
 
 
 @njit(nogil=True, cache=True)
 def drop(row: Array, density: float, key: np.uint64, start: int) -> None:
-    """Zero each entry with probability 1 - density, decided by its key and position.
-
-    A run of 1024 entries takes its draws from 512 hashes: entry l < 512 the lower half of the l-th,
-    entry 512 + l the upper. A draw of 16 bits settles all but one entry in 65,536; for those a
-    second one of 32 bits is taken.
-    """
-    threshold, rest = thresholds(density)
+    """Zero each entry with probability 1 - density, decided by its key and position."""
     zero = row.dtype.type(0)
-    pairs = np.empty(HALF, np.uint32)
+    kept = np.empty(RUN, np.uint8)
     i = 0
     while i < row.size:
         lane = (start + i) % RUN
-        begin = start + i - lane
-        first, second = draw(begin, key, pairs)
-        count = min(row.size - i, RUN - lane)
-        part = row[i : i + count]
-        ties = np.uint32(0)
-        lower = part[: max(HALF - lane, 0)]
-        draws = pairs[min(lane, HALF) :]
-        for j in range(lower.size):
-            drawn = np.uint32(draws[j] & LOW)
-            ties |= np.uint32(drawn == threshold)
-            lower[j] = lower[j] if drawn <= threshold else zero
-        upper = part[lower.size :]
-        draws = pairs[max(lane - HALF, 0) :]
-        for j in range(upper.size):
-            drawn = np.uint32(draws[j] >> np.uint32(16))
-            ties |= np.uint32(drawn == threshold)
-            upper[j] = upper[j] if drawn <= threshold else zero
-        if ties:
-            for j in range(count):
-                if is_dropped(lane + j, begin, pairs, threshold, rest, first, second):
-                    part[j] = zero
-        i += count
+        survivors(start + i - lane, key, density, kept)
+        part = row[i : i + RUN - lane]
+        flags = kept[lane : lane + part.size]
+        for j in range(part.size):
+            part[j] = part[j] if flags[j] else zero
+        i += part.size

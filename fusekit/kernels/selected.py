@@ -8,15 +8,14 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct, order
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
-from fusekit.kernels.trimmed import elected
+from fusekit.kernels.ballot import Election, merge_kept
+from fusekit.kernels.floats import from_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = direct.CHUNK
 _GRANULE = 8192
 _LANES = 256
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 @njit(nogil=True, cache=True)
@@ -74,45 +73,26 @@ def squares(bits: Array, start: int, size: int, threshold: float, left: Array, o
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def elect_of_three(
-    bits: Array,
-    start: int,
-    threshold: float,
-    left: Array,
-    ballots: Array,
-    weights: Array,
-    divide: bool,
-    scale: float,
-    out: Array,
+    bits: Array, start: int, threshold: float, left: Array, rule: Election, out: Array
 ) -> bool:
     """`trimmed.elect_of_three` where positions are kept, with the arguments of `squares`.
 
     Returns False where a value is not finite: `out` is then not to be used.
     """
-    a, b, c = ballots[0], ballots[1], ballots[2]
-    u, v, w = np.float32(weights[0]), np.float32(weights[1]), np.float32(weights[2])
-    zero, factor = np.float32(0), np.float32(scale)
     work = np.empty((2, _CHUNK), np.float64)
-    kept = np.empty(_CHUNK, np.float32)
+    varying, zero = np.empty(_CHUNK, np.float32), np.float32(0)
+    kept, factors = np.empty((3, _CHUNK), np.uint8), np.ones(3, np.float32)
     for begin in range(0, out.size, _CHUNK):
         part = out[begin : begin + _CHUNK]
         at = start + begin
-        stop = at + part.size
-        if not direct.all_finite(bits, at, stop):
+        if not direct.all_finite(bits, at, at + part.size):
             return False
-        chosen = kept[: part.size]
+        chosen = varying[: part.size]
         _choose(bits, at, np.float32(threshold), left, work, chosen)
-        base = bits[3, at:stop]
-        first, second, third = bits[0, at:stop], bits[1, at:stop], bits[2, at:stop]
-        largest = np.uint32(0)
-        for i in range(part.size):
-            origin = from_bf16(base[i])
-            stays = chosen[i] != zero
-            x = from_bf16(first[i]) - origin if stays else zero
-            y = from_bf16(second[i]) - origin if stays else zero
-            z = from_bf16(third[i]) - origin if stays else zero
-            value = elected(origin, x, y, z, a, b, c, u, v, w, divide, factor)
-            part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
-        if largest >= direct.OVERFLOW:
+        for model in range(3):
+            row = kept[model]
+            for i in range(chosen.size):
+                row[i] = np.uint8(chosen[i] != zero)
+        if merge_kept(bits, at, kept, factors, rule, part) >= direct.OVERFLOW:
             return False
     return True

@@ -117,23 +117,24 @@ class ElectedMerge(OnPruned, Combine):
     def encode(self, block: Block, out: Array) -> bool:
         import numpy as np
 
-        packed, trimmed = block.bfloat16, kernels.trimmed
+        packed = block.bfloat16
         if packed is None or len(self.weights) != 3:
             return False
         if self.election != _ELECTIONS["mass"] or self.tie_sign != 1 or self.merge > 1:
             return False
         ballots, weights = np.array(self.ballots), np.array(self.weights)
-        choices = ballots, weights, self.merge == _MERGES["mean"], self.scale
+        divide = self.merge == _MERGES["mean"]
+        rule = kernels.ballot.election(ballots, weights, divide, self.scale)
         drops = random_drops(block.tensor, self.prunings)
         if drops is not None and self.prunings:
             place = packed.bits, packed.start, block.start
             chances = drops.keys, drops.densities, drops.factors
-            return bool(trimmed.drop_and_elect(*place, *chances, *choices, out))
+            return bool(kernels.lottery.drop_and_elect(*place, *chances, rule, out))
         selection = selected(self.prunings, block.start)
         if selection is not None:
             cut, left = selection
             varying = packed.bits, packed.start, cut.threshold, left
-            if not kernels.selected.elect_of_three(*varying, *choices, out):
+            if not kernels.selected.elect_of_three(*varying, rule, out):
                 return False
             cut.leave(int(left[0]))
             return True
@@ -141,15 +142,14 @@ class ElectedMerge(OnPruned, Combine):
         factors = program.kept_factors() if program is not None else None
         if program is not None and factors is not None:
             place, kept = (packed.bits, packed.start, block.start), (program.flags, factors)
-            return bool(kernels.lottery.elect_of_three(*place, *kept, *choices, out))
+            return bool(kernels.lottery.elect_of_three(*place, *kept, rule, out))
         if program is None or not program.only_cuts:
             return False
 
         def merge(start: int, arguments: tuple[Array, ...], out: Array) -> int:
             steps, values, _, left, _ = arguments
-            return int(
-                trimmed.elect_of_three(packed.bits, start, steps, values, left, *choices, out)
-            )
+            cuts = steps, values, left
+            return int(kernels.trimmed.elect_of_three(packed.bits, start, *cuts, rule, out))
 
         def merge_tile(packed: Packed, done: int, arguments: tuple[Array, ...], row: Array) -> None:
             place = packed.bits, packed.kind, packed.start + done, block.start + done

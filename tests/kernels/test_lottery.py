@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import lottery
+from fusekit.kernels import ballot, elect, lottery, random
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -134,7 +134,8 @@ def test_survivors_are_elected_from_as_by_definition(size: int, divide: bool) ->
     factors = np.array([1.5, 1.0, 0.25], np.float32)
     ballots, weights = np.array([1.0, 2.0, -0.5]), np.array([1.0, 2.0, 0.5])
     out = np.empty(size, np.uint16)
-    given = values.view(np.uint16), 5, position, packed, factors, ballots, weights, divide, 0.7, out
+    rule = ballot.election(ballots, weights, divide, 0.7)
+    given = values.view(np.uint16), 5, position, packed, factors, rule, out
     assert lottery.elect_of_three(*given)
     base = values[3, 5:].astype(np.float64)
     updates = (values[:3, 5:].astype(np.float64) - base) * factors[:, None] * flags[:, position:]
@@ -157,7 +158,33 @@ def test_values_that_are_not_finite_are_declined_even_if_they_are_dropped(
     values = np.ones((4, 2000), ml_dtypes.bfloat16)
     values[operand, 1500] = bad
     packed, ones = np.zeros((3, 250), np.uint8), np.ones(3)
-    out = np.empty(2000, np.uint16)
-    assert not lottery.elect_of_three(
-        values.view(np.uint16), 0, 0, packed, ones.astype(np.float32), ones, ones, True, 1.0, out
-    )
+    rule, out = ballot.election(ones, ones, True, 1.0), np.empty(2000, np.uint16)
+    given, factors = (values.view(np.uint16), 0, 0), ones.astype(np.float32)
+    assert not lottery.elect_of_three(*given, packed, factors, rule, out)
+    keys, never = np.zeros(3, np.uint64), np.zeros(3)
+    assert not lottery.drop_and_elect(*given, keys, never, factors, rule, out)
+
+
+@pytest.mark.parametrize("divide", [False, True])
+@pytest.mark.parametrize("size", [1, 8192, 10_001, 1 << 18])
+def test_election_of_three_after_random_drops(size: int, divide: bool) -> None:
+    rng = np.random.default_rng(12)
+    encoded = rng.standard_normal((4, size + 3)).astype(ml_dtypes.bfloat16)
+    bits, values = encoded.view(np.uint16), encoded[:, 3:].astype(np.float32)
+    keys, position = np.array([5, 6, 7], np.uint64), 3 * 8192
+    # Half a step between 16-bit draws, so that second draws count; the third drops nothing.
+    densities = np.array([0.4 + 0.5 / 65536, 2000.5 / 65536, 1.0])
+    factors = np.array([2.5, 3.0, 1.0], np.float32)
+    rows = values[:3] - values[3]
+    for row, density, key, factor in zip(rows, densities, keys, factors, strict=True):
+        random.drop(row, density, key, position)
+        row *= factor
+    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
+    out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
+    rule = ballot.election(ballots, weights, divide, 0.7)
+    assert lottery.drop_and_elect(bits, 3, position, keys, densities, factors, rule, out)
+    merge = elect.MEAN if divide else elect.SUM
+    work = np.empty((3, elect.CHUNK), np.float32)
+    elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
+    rounded = expected.astype(ml_dtypes.bfloat16).view(np.uint16)
+    np.testing.assert_array_equal(out, rounded)

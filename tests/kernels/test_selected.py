@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import elect, norms, order, selected, thin
+from fusekit.kernels import ballot, elect, norms, order, selected, thin
 from tests.kernels.test_direct import SIZES, operands
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -60,7 +60,8 @@ def test_election_over_the_kept_positions(size: int, divide: bool, ties: int) ->
     rows = kept_rows(values, threshold, expected_left)
     choices = np.ones(3), np.array([0.2, 0.3, 0.5])
     out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
-    assert selected.elect_of_three(bits, 3, threshold, left, *choices, divide, 0.9, out)
+    rule = ballot.election(*choices, divide, 0.9)
+    assert selected.elect_of_three(bits, 3, threshold, left, rule, out)
     merge = elect.MEAN if divide else elect.SUM
     work = np.empty((3, elect.CHUNK), np.float32)
     elect.elect_and_merge(rows, *choices, 0, 1, merge, values[3], 0.9, work, expected)
@@ -74,5 +75,5 @@ def test_what_is_not_finite_is_declined(bad: float) -> None:
     bits[1, 2900] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
     left, out = np.array([-1]), np.empty(3000, np.uint16)
     assert not selected.squares(bits, 0, 3000, 0.5, left, np.empty((1, 3)))
-    choices = np.ones(3), np.ones(3), True, 1.0
-    assert not selected.elect_of_three(bits, 0, 0.5, left, *choices, out)
+    rule = ballot.election(np.ones(3), np.ones(3), True, 1.0)
+    assert not selected.elect_of_three(bits, 0, 0.5, left, rule, out)

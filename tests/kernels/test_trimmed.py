@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import elect, linear, order, random, tiles, trimmed
+from fusekit.kernels import ballot, elect, linear, order, tiles, trimmed
 from tests.kernels.test_direct import SIZES, operands
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -73,8 +73,8 @@ def test_election_of_three(size: int, divide: bool) -> None:
     rows = cut_rows(values[:3] - values[3], CUTS, left.copy())
     ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
     out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
-    choices = ballots, weights, divide, 0.7
-    assert trimmed.elect_of_three(bits, 3, steps, thresholds, left, *choices, out) == size
+    rule = ballot.election(ballots, weights, divide, 0.7)
+    assert trimmed.elect_of_three(bits, 3, steps, thresholds, left, rule, out) == size
     merge = elect.MEAN if divide else elect.SUM
     work = np.empty((3, elect.CHUNK), np.float32)
     elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
@@ -89,8 +89,8 @@ def test_runs_stop_where_ties_are_split(kind: int) -> None:
     cuts = [(kind, model, 1.0) for model in range(3)]
     out = np.zeros(size, np.uint16)
     steps, values, left = program(cuts, [1500, 5000, 5000])
-    choices = np.ones(3), np.ones(3), True, 1.0
-    assert trimmed.elect_of_three(bits, 0, steps, values, left, *choices, out) == 1024
+    rule = ballot.election(np.ones(3), np.ones(3), True, 1.0)
+    assert trimmed.elect_of_three(bits, 0, steps, values, left, rule, out) == 1024
     np.testing.assert_array_equal(left, [476, 3976, 3976])
     steps, values, left = program(cuts, [1500, 5000, 5000])
     assert trimmed.weighted_sum(bits, 0, steps, values, left, np.ones(3), out) == 1024
@@ -120,29 +120,5 @@ def test_what_is_not_finite_is_left_to_the_tiles(bad: float) -> None:
     steps, thresholds, left = program([], [])
     weights, out = np.full(3, 2.0), np.empty(3000, np.uint16)
     assert trimmed.weighted_sum(bits, 0, steps, thresholds, left, weights, out) == 2048
-    choices = np.ones(3), weights, False, 1.0
-    assert trimmed.elect_of_three(bits, 0, steps, thresholds, left, *choices, out) == 2048
-    chances = np.zeros(3, np.uint64), np.ones(3), np.ones(3, np.float32)
-    assert not trimmed.drop_and_elect(bits, 0, 0, *chances, *choices, out)
-
-
-@pytest.mark.parametrize("divide", [False, True])
-@pytest.mark.parametrize("size", [*SIZES, 1 << 18])
-def test_election_of_three_after_random_drops(size: int, divide: bool) -> None:
-    values, bits = operands(4, size, seed=12)
-    keys, position = np.array([5, 6, 7], np.uint64), 3 * 8192
-    # Half a step between 16-bit draws, so that second draws count; the third drops nothing.
-    densities = np.array([0.4 + 0.5 / 65536, 2000.5 / 65536, 1.0])
-    factors = np.array([2.5, 3.0, 1.0], np.float32)
-    rows = values[:3] - values[3]
-    for row, density, key, factor in zip(rows, densities, keys, factors, strict=True):
-        random.drop(row, density, key, position)
-        row *= factor
-    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
-    out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
-    chances, choices = (keys, densities, factors), (ballots, weights, divide, 0.7)
-    assert trimmed.drop_and_elect(bits, 3, position, *chances, *choices, out)
-    merge = elect.MEAN if divide else elect.SUM
-    work = np.empty((3, elect.CHUNK), np.float32)
-    elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
-    np.testing.assert_array_equal(out, rounded(expected))
+    rule = ballot.election(np.ones(3), weights, False, 1.0)
+    assert trimmed.elect_of_three(bits, 0, steps, thresholds, left, rule, out) == 2048
