@@ -17,6 +17,9 @@ CHUNK = 1024
 MASS, COUNT, SQUARE, LARGEST = 0, 1, 2, 3
 """How votes are cast: by value, by sign, by signed square, or by the largest square alone."""
 
+_BEYOND_ROUNDING = 1.0 + 1e-12
+"""Shares this close are equal, and the first model's counts: an only entry is 1 of any norm."""
+
 MEAN, SUM, MAX = 0, 1, 2
 """What becomes of the entries that agree with the elected sign."""
 
@@ -35,10 +38,10 @@ def votes(deltas: Array, start: int, ballots: Array, election: int, total: Array
             best = 0.0
             for r in range(n):
                 x = np.float64(deltas[r, start + i])
-                share = ballots[r] * x * x
-                if share > best:
+                share = abs(ballots[r]) * x * x
+                if share > best * _BEYOND_ROUNDING:
                     best = share
-                    total[i] = x
+                    total[i] = x if ballots[r] > 0.0 else -x
         return
     for r in range(n):
         ballot = ballots[r]

@@ -24,10 +24,10 @@ def sparse_deltas(n: int, size: int, seed: int, dtype: Any = np.float32) -> Arra
 def reference_votes(deltas: Array, ballots: Array, election: int) -> Array:
     d = deltas.astype(np.float64)
     if election == elect.LARGEST:
-        share = ballots[:, None] * d**2
+        share = np.abs(ballots)[:, None] * d**2
         best = share.argmax(axis=0)
         won = share.max(axis=0) > 0
-        return np.where(won, d[best, np.arange(d.shape[1])], 0.0)
+        return np.where(won, np.sign(ballots)[best] * d[best, np.arange(d.shape[1])], 0.0)
     ballot = {elect.MASS: d, elect.COUNT: np.sign(d), elect.SQUARE: d * np.abs(d)}[election]
     return (ballots[:, None] * ballot).sum(axis=0)
 
@@ -55,7 +55,7 @@ WORK = np.empty((3, elect.CHUNK))
 @pytest.mark.parametrize("n", [1, 2, 3, 5])
 def test_votes(n: int, election: int) -> None:
     deltas = sparse_deltas(n, 3000, seed=n)
-    ballots = np.array([1.0, 0.5, 2.0, 1.0, 0.25])[:n]
+    ballots = np.array([1.0, 0.5, -2.0, 1.0, 0.25])[:n]
     total = np.full(3000, np.nan)
     elect.votes(deltas, 0, ballots, election, total)
     np.testing.assert_array_equal(total, reference_votes(deltas, ballots, election))
@@ -109,6 +109,16 @@ def test_a_negative_weight_flips_the_sign_an_entry_counts_with(merge: int) -> No
     np.testing.assert_array_equal(
         out, reference_merge(deltas, weights, sign, merge, base, 1.0).astype(np.float32)
     )
+
+
+def test_among_equal_shares_the_first_model_votes() -> None:
+    first = np.linspace(0.1, 0.9, 1000)
+    deltas = np.stack([-first, first[::-1]])  # the only entry of each is all of its norm
+    for column in range(1000):
+        ballots = 1.0 / deltas[:, column] ** 2
+        total = np.empty(1)
+        elect.votes(deltas[:, column : column + 1].copy(), 0, ballots, elect.LARGEST, total)
+        assert total[0] < 0
 
 
 def test_where_no_entry_is_kept_the_base_stays() -> None:
