@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
-import tempfile
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 import numpy as np
+import xxhash
 
 from fusekit.adapters.adapter import (
     Array,
@@ -30,6 +33,7 @@ from fusekit.adapters.linalg import (
 from fusekit.adapters.peft_format import read_array, read_finite
 from fusekit.adapters.peft_writer import AdapterWriter
 from fusekit.adapters.provenance import Provenance, short_name
+from fusekit.adapters.unfinished import AdapterJournal
 from fusekit.checkpoint.source import TensorSource
 from fusekit.checkpoint.writer import check_target
 from fusekit.errors import CheckpointError, FusekitError
@@ -138,12 +142,14 @@ def extract_adapter(
     config: Mapping[str, Any] | None = None,
     *,
     overwrite: bool = False,
+    resume: bool = False,
 ) -> ExtractReport:
     """Write a PEFT adapter that turns `base` into an approximation of `model`.
 
     Per weight matrix `D = W_model - W_base = U S V^T`, cut to rank R: `B = U sqrt(S)`,
     `A = sqrt(S) V^T`, scaling 1. Embeddings are decomposed transposed, convolutions flattened.
-    Modules are read, decomposed and written one at a time. A manifest.json and a model card
+    Modules are read, decomposed and written one at a time. What is decomposed waits in
+    `<folder>.decomposed`, which an interrupted run leaves behind. A manifest.json and a model card
     README.md say what was done.
 
     Args:
@@ -152,6 +158,8 @@ def extract_adapter(
         folder: where to write; must not hold anything.
         config: `base_model_name_or_path` and `task_type` for adapter_config.json.
         overwrite: replace the folder if it exists, once the new one is complete.
+        resume: go on from what an interrupted run of the same models and options decomposed. Files
+            that changed are noticed; of models in memory only the labels are compared.
 
     Raises:
         CheckpointError: tensors missing in the base, shapes that differ elsewhere than in
@@ -162,8 +170,16 @@ def extract_adapter(
     _check_options(options)
     _check_names(base, model)
     check_target(Path(folder), overwrite)
-    with tempfile.TemporaryDirectory(prefix="fusekit-extract-") as spool:
-        differences = _Differences(base, model, options, Path(spool))
+    from fusekit import __version__
+
+    subject = {
+        "fusekit": __version__,
+        "options": dataclasses.asdict(options),
+        "inputs": [base.identity(), model.identity()],
+    }
+    spool_folder = Path(folder).with_name(Path(folder).name + ".decomposed")
+    with _Spool(spool_folder, subject, resume) as spool:
+        differences = _Differences(base, model, options, spool)
         found = list(differences.decompose())
         ranks = _ranks(found, options)
         return _write(differences, found, ranks, folder, options, config or {}, overwrite)
@@ -267,54 +283,132 @@ class _Found:
     spooled: Path
 
 
+Outcome = Literal["unchanged", "excluded", "changed"]
+"""What there is to say of a tensor that was not decomposed."""
+
+
+class _Spool:
+    """Decompositions on disk, and a journal of the tensors that are done with.
+
+    A context manager: on leaving, the folder is removed, unless an error leaves something to go on
+    with.
+
+    Args:
+        folder: where to keep them.
+        subject: everything the decompositions depend on.
+        resume: take over what the folder holds of this very subject.
+    """
+
+    def __init__(self, folder: Path, subject: Mapping[str, Any], resume: bool) -> None:
+        self._folder = folder
+        self._journal = AdapterJournal(folder, subject)
+        entries = self._journal.entries() if resume else []
+        if not entries:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        self._journal.begin(entries)
+        self._noted = {entry["name"]: entry for entry in entries}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None or not self._journal.is_begun:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def known(self, name: str) -> _Found | Outcome | None:
+        """What an earlier run found out about a tensor."""
+        entry = self._noted.get(name)
+        if entry is None or "outcome" in entry:
+            return None if entry is None else entry["outcome"]
+        path = self._path(name)
+        with np.load(path) as spooled:
+            S = spooled["S"]
+        shapes = {key: tuple(entry[key]) for key in ("shape", "matrix_shape")}
+        return _Found(**{**entry, **shapes}, S=S, spooled=path)
+
+    def keep(self, name: str, svd: ThinSvd) -> Path:
+        """Bring a tensor's decomposition to the disk."""
+        path = self._path(name)
+        with path.open("wb") as file:
+            np.savez(file, U=svd.U, S=svd.S, Vt=svd.Vt)
+            file.flush()
+            os.fsync(file.fileno())
+        return path
+
+    def note(self, name: str, found: _Found | Outcome) -> None:
+        """Write down what was found out about a tensor."""
+        if isinstance(found, str):
+            entry: dict[str, Any] = {"name": name, "outcome": found}
+        else:
+            fields = ("name", "role", "shape", "matrix_shape", "norm", "rest")
+            entry = {field: getattr(found, field) for field in fields}
+        if self._journal.note(entry):
+            self._journal.sync()
+
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{xxhash.xxh3_128_hexdigest(name.encode())}.npz"
+
+
 class _Differences:
     """Which tensors differ, and the decompositions of those that have one."""
 
     def __init__(
-        self, base: TensorSource, model: TensorSource, options: ExtractOptions, spool: Path
+        self, base: TensorSource, model: TensorSource, options: ExtractOptions, spool: _Spool
     ) -> None:
         self.base = base
         self.model = model
         self._options = options
         self._spool = spool
-        self._spooled = 0
         self.changed: list[str] = []
         self.excluded: list[str] = []
         self.unchanged = 0
 
     def decompose(self) -> Iterator[_Found]:
         """One pass over the model; what differs but does not decompose is left in `changed`."""
-        for name, info in self.model.tensors.items():
-            tuned = read_finite(self.model, name)
-            base = read_finite(self.base, name)
-            if _same_values(base, tuned):
+        for name in self.model.tensors:
+            found = self._spool.known(name)
+            if found is None:
+                found = self._examined(name)
+                self._spool.note(name, found)
+            if isinstance(found, _Found):
+                yield found
+            elif found == "unchanged":
                 self.unchanged += 1
-                continue
-            role = _role(name, info.shape, self._options)
-            if role == "excluded":
-                self.excluded.append(name)
-                continue
-            if role not in _KINDS or base.shape != tuned.shape or not info.dtype.is_float:
-                self.changed.append(name)
-                continue
-            delta = as_matrix(to_float32(tuned) - to_float32(base), role)
-            svd = decompose(delta, self._options)
-            path = self._spool / f"{self._spooled}.npz"
-            self._spooled += 1
-            np.savez(path, U=svd.U, Vt=svd.Vt)
-            norm = float(np.linalg.norm(delta))
-            # Subtracted, not from the difference of squares, which cancels to half the digits.
-            delta -= (svd.U * svd.S) @ svd.Vt
-            yield _Found(
-                name=name,
-                role=role,
-                shape=info.shape,
-                matrix_shape=delta.shape,
-                norm=norm,
-                rest=float(np.linalg.norm(delta)),
-                S=svd.S,
-                spooled=path,
-            )
+            else:
+                (self.excluded if found == "excluded" else self.changed).append(name)
+
+    def _examined(self, name: str) -> _Found | Outcome:
+        info = self.model.tensors[name]
+        tuned = read_finite(self.model, name)
+        base = read_finite(self.base, name)
+        if _same_values(base, tuned):
+            return "unchanged"
+        role = _role(name, info.shape, self._options)
+        if role == "excluded":
+            return "excluded"
+        if role not in _KINDS or base.shape != tuned.shape or not info.dtype.is_float:
+            return "changed"
+        delta = as_matrix(to_float32(tuned) - to_float32(base), role)
+        svd = decompose(delta, self._options)
+        norm = float(np.linalg.norm(delta))
+        # Subtracted, not from the difference of squares, which cancels to half the digits.
+        delta -= (svd.U * svd.S) @ svd.Vt
+        return _Found(
+            name=name,
+            role=role,
+            shape=info.shape,
+            matrix_shape=delta.shape,
+            norm=norm,
+            rest=float(np.linalg.norm(delta)),
+            S=svd.S,
+            spooled=self._spool.keep(name, svd),
+        )
 
 
 def _same_values(base: Array, tuned: Array) -> bool:

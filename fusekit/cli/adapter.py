@@ -247,6 +247,9 @@ def extract(
     biases: Annotated[Biases, typer.Option(help="Biases of decomposed layers.")] = Biases.lora,
     others: Annotated[Others, typer.Option(help="Norms and the like.")] = Others.save,
     seed: Annotated[int, typer.Option(help="Seed of the randomized decomposition.")] = 0,
+    resume: Annotated[
+        bool, typer.Option(help="Continue an interrupted extraction, or start over.")
+    ] = True,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it exists, when complete.")
     ] = False,
@@ -278,7 +281,9 @@ def extract(
     )
     fields = {"base_model_name_or_path": base, "task_type": _task_type(config)}
     tuned = open_checkpoint(model).source
-    report = extract_adapter(opened.source, tuned, out, options, fields, overwrite=overwrite)
+    report = extract_adapter(
+        opened.source, tuned, out, options, fields, overwrite=overwrite, resume=resume
+    )
     _print_extraction(out, report)
 
 

@@ -6,13 +6,16 @@ import dataclasses
 import json
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 
 import fusekit
-from fusekit.adapters import Adapter, write_adapter
+from fusekit.adapters import Adapter, ExtractOptions, extract_adapter, write_adapter
+from fusekit.adapters import extract as extract_module
 from fusekit.adapters import unfinished as unfinished_module
 from fusekit.adapters.provenance import Provenance
 from fusekit.adapters.unfinished import JOURNAL_NAME
+from fusekit.checkpoint.memory import MemorySource
 
 from .support import random_adapter
 
@@ -155,3 +158,61 @@ def test_a_recipe_of_adapters_resumes_unless_told_not_to(tmp_path, monkeypatch):
     assert fusekit.merge(recipe, tmp_path / "again", resume=False).resumed == 0
     same = "adapter_model.safetensors"
     assert written(tmp_path / "out")[same] == written(tmp_path / "again")[same]
+
+
+def models(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {"embed_tokens.weight": (9, 4), "norm.weight": (7,), "same.weight": (5, 5), **SHAPES}
+    base = {name: rng.normal(size=shape).astype("f4") for name, shape in shapes.items()}
+    tuned = {
+        n: x + rng.normal(size=x.shape).astype("f4") * (n[:4] != "same") for n, x in base.items()
+    }
+    return MemorySource(base, "base"), MemorySource(tuned, f"model {seed}")
+
+
+@pytest.fixture
+def decomposed(monkeypatch):
+    """The shapes that were decomposed; the third decomposition is interrupted once."""
+    asked, whole = [], extract_module.decompose
+
+    def failing(delta, *arguments):
+        asked.append(delta.shape)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return whole(delta, *arguments)
+
+    monkeypatch.setattr(extract_module, "decompose", failing)
+    return asked
+
+
+@pytest.mark.parametrize("options", [{}, {"parameter_budget": 90}, {"energy": 0.9}])
+def test_an_interrupted_extraction_goes_on_where_it_stopped(tmp_path, decomposed, options):
+    chosen = ExtractOptions(rank=4, exclude=("m.1",), **options)
+    with pytest.raises(KeyboardInterrupt):
+        extract_adapter(*models(), tmp_path / "out", chosen)
+    assert not (tmp_path / "out").exists()
+    report = extract_adapter(*models(), tmp_path / "out", chosen, resume=True)
+    assert len(decomposed) == 3 + 3  # five differ and are chosen: two were done, the third was not
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert extract_adapter(*models(), tmp_path / "whole", chosen) == report
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+    assert fusekit.verify(tmp_path / "out").ok
+
+
+@pytest.mark.parametrize("change", ["options", "model", "no resume"])
+def test_another_extraction_starts_over(tmp_path, decomposed, change):
+    with pytest.raises(KeyboardInterrupt):
+        extract_adapter(*models(), tmp_path / "out", ExtractOptions(rank=4))
+    options = ExtractOptions(rank=3 if change == "options" else 4)
+    sources = models(1) if change == "model" else models()
+    extract_adapter(*sources, tmp_path / "out", options, resume=change != "no resume")
+    assert len(decomposed) == 3 + 6
+    extract_adapter(*sources, tmp_path / "whole", options)
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
+
+
+def test_extractions_of_seconds_leave_nothing_behind(tmp_path, decomposed, monkeypatch):
+    monkeypatch.setattr(unfinished_module, "SYNC_SECONDS", 60.0)
+    with pytest.raises(KeyboardInterrupt):
+        extract_adapter(*models(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
