@@ -232,6 +232,16 @@ def test_numerical_rank_leaves_directions_without_strength_alone() -> None:
     assert torch.linalg.matrix_rank(full.update.double(), rtol=1e-5) == 20
 
 
+def test_a_task_without_an_update_adds_no_directions_of_its_own() -> None:
+    deltas = [*draw(23, (12, 30), 2), torch.zeros(12, 30)]
+    flat = iso.common_and_specific(deltas, 0.5)
+    assert torch.linalg.matrix_rank(flat.update.double(), rtol=1e-5) == 10
+    assert flat.is_cut
+    full = iso.common_and_specific(deltas, 0.5, "full")
+    assert torch.linalg.matrix_rank(full.update.double(), rtol=1e-5) == 12
+    assert not iso.common_and_specific(deltas[:2], 0.5).is_cut
+
+
 # -- continual ----------------------------------------------------------------------------------
 
 

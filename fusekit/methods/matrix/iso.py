@@ -57,9 +57,7 @@ def _common(summed: Side, rank: Rank, dtype: torch.dtype) -> Isotropic:
 
 
 def _is_numerical(summed: Side, rank: Rank) -> bool:
-    if rank == "auto":
-        return 2 * len(summed.standing_out().S) <= len(summed.S)
-    return rank == "numerical"
+    return summed.is_low() if rank == "auto" else rank == "numerical"
 
 
 def _mean(values: Tensor) -> float:
@@ -84,7 +82,8 @@ def common_and_specific(
     Args:
         deltas: T task vectors (m, n).
         fraction: share of the min(m, n) directions that stays common; 1 is Iso-C.
-        rank: as in `common`, of which this is the limit without directions of their own.
+        rank: as in `common`, of which this is the limit without directions of their own; `auto`
+            looks at the sum, then at each residual.
 
     References:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
@@ -97,11 +96,13 @@ def common_and_specific(
         return _common(summed, rank, deltas[0].dtype)
     numerical = _is_numerical(summed, rank)
     parts = split(summed, directions - own * len(deltas), numerical)
-    pieces = [residual_triples(delta, parts, own, numerical) for delta in deltas]
+    of_residuals = None if rank == "auto" and not numerical else numerical
+    pieces = [residual_triples(delta, parts, own, of_residuals) for delta in deltas]
+    is_cut = numerical or any(len(piece.S) < own for piece in pieces)
     pieces.append(parts.leading)
     S = torch.cat([piece.S for piece in pieces])
     sigma = _mean(S)
     U = torch.cat([piece.U for piece in pieces], dim=1)
     V = torch.cat([piece.V for piece in pieces], dim=1)
     flat = orthogonalized_product(U, torch.full_like(S, sigma), V)
-    return Isotropic(flat.to(deltas[0].dtype), sigma, numerical and sigma > 0)
+    return Isotropic(flat.to(deltas[0].dtype), sigma, is_cut and sigma > 0)

@@ -75,6 +75,11 @@ class Side(NamedTuple):
         noise = EPS32 * max(self.short.shape) * self.scale
         return self.leading(int(self.S.gt(noise).sum()))
 
+    def is_low(self, count: int | None = None) -> bool:
+        """Whether at most half of the values, or of the `count` largest, stand out."""
+        wanted = self if count is None else self.leading(count)
+        return 2 * len(wanted.standing_out().S) <= len(wanted.S)
+
     def is_sound(self) -> bool:
         """Whether all values are large enough for vectors that come from a Gram matrix."""
         return not len(self.S) or bool(self.S[-1] > GRAM_LIMIT * self.scale)
@@ -178,7 +183,9 @@ def split(found: Side, count: int, numerical: bool) -> Split:
     return Split(leading, None if found.flip else left[:, len(leading.S) :])
 
 
-def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> Triples:
+def residual_triples(
+    matrix: Tensor, of: Split, count: int, numerical: bool | None = None
+) -> Triples:
     """The leading triples of `(I - B B^T) matrix`, B the leading left vectors of another matrix.
 
     Where the remaining ones, Z, are known, only the smaller `Z^T matrix` is decomposed.
@@ -188,7 +195,7 @@ def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> 
         of: the other matrix, of the same shape.
         count: how many of the largest are wanted.
         numerical: only those that stand out from the rounding noise of the matrix; otherwise all,
-            as `split`.
+            as `split`; None: the former where at most half of them do.
     """
     scale = torch.linalg.vector_norm(matrix, dim=1).max().double()
     if of.rest is None:
@@ -197,7 +204,7 @@ def residual_triples(matrix: Tensor, of: Split, count: int, numerical: bool) -> 
     else:
         residual = of.rest.to(matrix.dtype).T @ matrix
     found = short_side(residual, scale)
-    if numerical:
+    if found.is_low(count) if numerical is None else numerical:
         found = found.standing_out()
     found = found.leading(count)
     own = found.triples() if found.is_sound() else _dense_triples(residual, count)
