@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fusekit.errors import RecipeError
 from fusekit.methods import matrix
 from fusekit.methods.base import Method, Parameter, Remark, Tensor
 from fusekit.methods.wholes import (
@@ -40,10 +41,7 @@ def _wudi(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None,
         ratio=tensor["ratio"],
         adaptive=adaptive,
     )
-    try:
-        merged = matrix.quadratic.wudi_closed(deltas, spectral, **common)
-    except ValueError as error:
-        raise RecipeError(f"adaptive: found {adaptive!r}, expected {error}") from None
+    merged = matrix.quadratic.wudi_closed(deltas, spectral, **common)
     return merged
 
 
@@ -82,6 +80,24 @@ def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
     )
 
 
+@dataclass(frozen=True)
+class _RankRule(Parameter):
+    """A choice, one of which ends in a share of the user's."""
+
+    def check(self, value: Any) -> Any:
+        if not (isinstance(value, str) and value.startswith(_CUMULATIVE)):
+            return super().check(value)
+        try:
+            share = float(value.removeprefix(_CUMULATIVE))
+        except ValueError:
+            share = math.nan
+        if not 0.0 < share <= 1.0:
+            raise ValueError(f"{_CUMULATIVE} and a share in (0, 1], such as {_CUMULATIVE}0.95")
+        return value
+
+
+_CUMULATIVE = "cumvar_"
+
 _CHENG = (
     "Cheng et al., Whoever Started the Interference Should End It: Guiding Data-Free Model Merging "
     "via Task Vectors, ICML 2025, arXiv 2503.08099"
@@ -116,12 +132,19 @@ METHODS = (
                 above=0.0,
                 maximum=1.0,
             ),
-            Parameter(
+            _RankRule(
                 "adaptive",
-                "text",
-                "Rank rule of solver adaptive: participation_sqrt, participation, entropy, "
-                "stable_rank, gavish_donoho or cumvar_<share>.",
+                "choice",
+                "Rank rule of solver adaptive; cumvar_0.95 takes 95 % of the spectrum's sum.",
                 default="participation_sqrt",
+                choices=(
+                    "participation_sqrt",
+                    "participation",
+                    "entropy",
+                    "stable_rank",
+                    "gavish_donoho",
+                    f"{_CUMULATIVE}<share>",
+                ),
             ),
             Parameter("steps", "int", "Of solver adam.", default=300, minimum=0),
             Parameter("lr", "float", "Of solver adam.", default=1e-5, above=0.0),

@@ -311,3 +311,28 @@ def test_malformed_exclusion_is_refused() -> None:
     base, *rest = models()
     with pytest.raises(RecipeError, match=r"exclude: found '\(', expected a regular expression"):
         merge_state_dicts(rest, base=base, method="tsv", parameters={"exclude": "("})
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("elbow", "'participation_sqrt' or .* or 'cumvar_<share>'"),
+        ("cumvar_", r"cumvar_ and a share in \(0, 1\]"),
+        ("cumvar_<share>", "cumvar_ and a share"),
+        ("cumvar_2", "cumvar_ and a share"),
+        ("cumvar_nan", "cumvar_ and a share"),
+        (0.95, "'participation_sqrt' or"),
+    ],
+)
+def test_unknown_rank_rules_are_refused_while_planning(rule: Any, expected: str) -> None:
+    base, *rest = models()
+    with pytest.raises(RecipeError, match=rf"parameters.adaptive: found '?{rule}'?, .*{expected}"):
+        merge_state_dicts(rest, base=base, method="wudi", parameters={"adaptive": rule})
+
+
+def test_a_share_of_the_spectrum_is_a_rank_rule() -> None:
+    base, *rest = models()
+    options = {"solver": "adaptive", "adaptive": "cumvar_1"}
+    merged = merge_state_dicts(rest, base=base, method="wudi", parameters=options)
+    exact = merge_state_dicts(rest, base=base, method="wudi", parameters={"solver": "none"})
+    np.testing.assert_allclose(merged["a.weight"], exact["a.weight"], atol=1e-5)
