@@ -14,7 +14,8 @@ from fusekit.checkpoint.source import TensorSource
 from fusekit.engine.plan import PlannedTensor
 from fusekit.errors import CheckpointError
 from fusekit.kernels import codecs, linear
-from fusekit.methods.base import Block, Packed, Request
+from fusekit.kernels.packed import KINDS, Packed
+from fusekit.methods.base import Block, Request
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -196,10 +197,6 @@ class Resident:
     def is_complete(self) -> bool:
         """Whether everything has been read."""
         return self._read == self._planned.size
-
-
-KINDS = {"BF16": 0, "F16": 1}
-"""How `kernels.tiles` calls the types it decodes."""
 
 
 class BlockReader:

@@ -18,7 +18,6 @@ import numpy as np
 
 from fusekit.engine.blocks import (
     BLOCK_ELEMENTS,
-    KINDS,
     BlockReader,
     Fetch,
     Resident,
@@ -31,6 +30,7 @@ from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import CheckpointError, FusekitError, RecipeError
 from fusekit.kernels import GRANULE
+from fusekit.kernels.packed import KINDS
 from fusekit.methods.base import Block, Combine, Copy, Remark, Summary
 
 Array = np.ndarray[Any, np.dtype[Any]]

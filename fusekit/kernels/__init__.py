@@ -35,6 +35,7 @@ _SUBMODULES = (
     "norms",
     "order",
     "overlap",
+    "packed",
     "pairs",
     "random",
     "ranks",

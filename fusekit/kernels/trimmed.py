@@ -1,8 +1,8 @@
 """bfloat16 task vectors of which the small or the large entries are cut, merged in registers.
 
-Cuts come as the steps of a program (`kernels.tiles`). A run of elements is merged here where every
-step asks for nothing but a range of magnitudes; where only some of equal magnitudes are to be kept,
-or a value is not finite, the run is left to the tiles.
+Cuts come as steps that `kernels.tiles` would carry out. A run of elements is merged here where
+every step asks for nothing but a range of magnitudes; where only some of equal magnitudes are to be
+kept, or a value is not finite, the run is left to the tiles.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numba import njit
 from fusekit.kernels import direct, tiles
 from fusekit.kernels.ballot import MAGNITUDE, Election, elected
 from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.packed import Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +23,7 @@ CHUNK = direct.CHUNK
 """Elements of a run."""
 
 STEPS = ("KEEP_ABOVE", "KEEP_AT_LEAST", "DROP_AT_LEAST", "KEEP_FIRST", "DROP_FIRST")
-"""What a program may consist of."""
+"""The kinds that are cuts."""
 
 _ONE = np.uint32(1)
 
@@ -32,9 +33,7 @@ def _find_ranges(
     bits: Array,
     begin: int,
     stop: int,
-    steps: Array,
-    values: Array,
-    left: Array,
+    steps: Steps,
     least: Array,
     most: Array,
     used: Array,
@@ -47,9 +46,10 @@ def _find_ranges(
     least[:] = 0
     most[:] = MAGNITUDE
     base = bits[bits.shape[0] - 1, begin:stop]
-    for k in range(steps.shape[0]):
-        kind, r = steps[k, 0], steps[k, 1]
-        key = np.uint32(as_bits(np.float32(values[k])) & MAGNITUDE)
+    left = steps.left
+    for k in range(left.size):
+        kind, r = steps.kinds[k, 0], steps.kinds[k, 1]
+        key = np.uint32(as_bits(np.float32(steps.values[k])) & MAGNITUDE)
         used[k] = 0
         if kind in (tiles.KEEP_FIRST, tiles.DROP_FIRST):
             if left[k] > 0:
@@ -94,21 +94,13 @@ def _add_kept(
 
 
 @njit(nogil=True, cache=True)
-def weighted_sum(
-    bits: Array,
-    start: int,
-    steps: Array,
-    values: Array,
-    left: Array,
-    weights: Array,
-    out: Array,
-) -> int:
+def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Array) -> int:
     """out = the bfloat16 nearest to base + sum_i weights[i] * cut task vector i.
 
     Args:
         bits: (operands, any), the base last.
         start: where in `bits` the wanted elements begin.
-        steps, values, left: the cuts, of `STEPS` alone; `left` is counted down.
+        steps: the cuts, of `STEPS` alone.
         weights: (models,).
         out: (elements,) uint16.
 
@@ -117,6 +109,7 @@ def weighted_sum(
     """
     models = weights.size
     least, most = np.empty(models, np.uint32), np.empty(models, np.uint32)
+    left = steps.left
     used = np.empty(left.size, np.int64)
     totals = np.empty(CHUNK, np.float64)
     for begin in range(0, out.size, CHUNK):
@@ -125,7 +118,7 @@ def weighted_sum(
         stop = at + part.size
         if not direct.all_finite(bits, at, stop):  # what is cut would not show in the result
             return begin
-        if not _find_ranges(bits, at, stop, steps, values, left, least, most, used):
+        if not _find_ranges(bits, at, stop, steps, least, most, used):
             return begin
         base, total = bits[models, at:stop], totals[: part.size]
         total[:] = 0.0
@@ -184,25 +177,18 @@ def _elect_run(
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def elect_of_three(
-    bits: Array,
-    start: int,
-    steps: Array,
-    values: Array,
-    left: Array,
-    rule: Election,
-    out: Array,
-) -> int:
+def elect_of_three(bits: Array, start: int, steps: Steps, rule: Election, out: Array) -> int:
     """Sign election and merging of three cut task vectors, encoded, in one sweep.
 
     Args:
-        bits, start, steps, values, left, out: as for `weighted_sum`, of three models.
+        bits, start, steps, out: as for `weighted_sum`, of three models.
         rule: the election.
 
     Returns:
         how many elements are done, as `weighted_sum`.
     """
     least, most = np.empty(3, np.uint32), np.empty(3, np.uint32)
+    left = steps.left
     used = np.empty(left.size, np.int64)
     for begin in range(0, out.size, CHUNK):
         part = out[begin : begin + CHUNK]
@@ -210,7 +196,7 @@ def elect_of_three(
         stop = at + part.size
         if not direct.all_finite(bits, at, stop):  # NaN agrees with no sign and would not show
             return begin
-        if not _find_ranges(bits, at, stop, steps, values, left, least, most, used):
+        if not _find_ranges(bits, at, stop, steps, least, most, used):
             return begin
         open_above = min(most[0], most[1], most[2]) == MAGNITUDE
         if _elect_run(bits, at, least, most, open_above, rule, part) >= direct.OVERFLOW:

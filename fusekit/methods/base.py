@@ -13,9 +13,9 @@ from collections.abc import Callable, Generator, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
-from fusekit import kernels
 from fusekit.checkpoint.layers import Layer
 from fusekit.kernels import GRANULE
+from fusekit.kernels.packed import BF16, Packed
 
 if TYPE_CHECKING:
     import numpy as np
@@ -153,21 +153,6 @@ class Tensor:
         return [values[parameter] for values in self.model_parameters]
 
 
-@dataclass(frozen=True)
-class Packed:
-    """The operands of a block as they were read, where all are of one 16-bit type.
-
-    `bits` is (operands, elements), the base last; the block's elements begin at `start`. `kind` is
-    how kernels call the type. Who decodes `bits` writes the numbers of NaN and infinite entries to
-    `special`.
-    """
-
-    bits: Array
-    kind: int
-    start: int
-    special: Array
-
-
 class Block:
     """A run of elements of one tensor: what kernels work on.
 
@@ -214,7 +199,7 @@ class Block:
     def bfloat16(self) -> Packed | None:
         """The operands as they were read, where they are bfloat16."""
         packed = self.packed
-        return packed if packed is not None and packed.kind == kernels.tiles.BF16 else None
+        return packed if packed is not None and packed.kind == BF16 else None
 
     def with_rows(self, rows: Array) -> Block:
         """The same block with other rows."""

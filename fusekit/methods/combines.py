@@ -40,9 +40,7 @@ class Linear(Combine):
             base = block.base if self.base_weight else block.base[:0]
             kernels.linear.weighted_sum(block.rows, weights, base, self.base_weight, out)
             return
-        kernels.tiles.combine(
-            packed.bits, packed.kind, packed.start, weights, self.base_weight, packed.special, out
-        )
+        kernels.tiles.combine(packed, weights, self.base_weight, out)
 
 
 def linear(weights: list[float], base_weight: float = 0.0) -> Combine:

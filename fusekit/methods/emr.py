@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
 from fusekit.kernels import GRANULE
+from fusekit.kernels.packed import Packed
 from fusekit.methods.base import (
     Additive,
     Block,
     Combine,
     Method,
-    Packed,
     Parameter,
     Remark,
     Scope,

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
 from fusekit.kernels import GRANULE
+from fusekit.kernels.packed import Packed, Steps
 from fusekit.methods.base import (
     Additive,
     Block,
     Cumulative,
     OrderStatistics,
     OrderValue,
-    Packed,
     Remark,
     Request,
     Scope,
@@ -90,7 +90,7 @@ def prune(block: Block, prunings: Prunings) -> Array:
 class Program:
     """Prunings in the form that `kernels.tiles` runs on packed operands."""
 
-    steps: Array
+    kinds: Array
     values: Array
     keys: Array
     flags: Array
@@ -98,14 +98,14 @@ class Program:
     only_cuts: bool
     """Whether it does nothing but cut the small or the large entries off."""
 
-    def arguments(self, block: Block) -> tuple[Array, ...]:
-        """The kernels' arguments for a block."""
+    def steps(self, block: Block) -> Steps:
+        """The steps for a block."""
         import numpy as np
 
-        left = np.zeros(len(self.steps), np.int64)
+        left = np.zeros(len(self.kinds), np.int64)
         for number, cut in self.cuts:
             left[number] = cut.left(block.start)
-        return self.steps, self.values, self.keys, left, self.flags
+        return Steps(self.kinds, self.values, self.keys, left, self.flags)
 
     def leave(self, left: Array) -> None:
         """Let cuts know what is left of their ties behind a block."""
@@ -117,7 +117,7 @@ class Program:
         import numpy as np
 
         factors = np.ones(len(self.flags), np.float32)
-        for (kind, model), value in zip(self.steps.tolist(), self.values.tolist(), strict=True):
+        for (kind, model), value in zip(self.kinds.tolist(), self.values.tolist(), strict=True):
             if kind == kernels.tiles.SCALE and len(factors) and factors[model] == 1.0:
                 factors[model] = value
             elif kind != kernels.tiles.KEEP_PACKED:
@@ -125,35 +125,37 @@ class Program:
         return factors if len(factors) else None
 
     @contextmanager
-    def on(self, block: Block) -> Iterator[tuple[Array, ...]]:
-        """The kernels' arguments for a block; afterwards cuts know what is left of their ties."""
-        arguments = self.arguments(block)
-        yield arguments
-        self.leave(arguments[3])
+    def on(self, block: Block) -> Iterator[Steps]:
+        """The steps for a block; afterwards cuts know what is left of their ties."""
+        steps = self.steps(block)
+        yield steps
+        self.leave(steps.left)
 
     def encode(
         self,
         block: Block,
         out: Array,
-        merge: Callable[[int, tuple[Array, ...], Array], int],
-        merge_tile: Callable[[Packed, int, tuple[Array, ...], Array], None],
+        merge: Callable[[Packed, Steps, Array], int],
+        merge_tile: Callable[[Packed, int, Steps, Array], None],
     ) -> bool:
         """Merge a bfloat16 block in registers, and the runs that these leave over by tiles.
 
-        `merge` takes where to begin, a program and room for the result, and returns how far it
-        came; `merge_tile` merges a run to float32. False where a value is not finite.
+        `merge` takes operands, steps and room for the result, and returns how far it came;
+        `merge_tile`, which is told the position in the tensor too, merges a run to float32. False
+        where a value is not finite.
         """
         packed, codecs, done = block.packed, kernels.codecs, 0
         assert packed is not None
-        arguments = self.arguments(block)
+        steps = self.steps(block)
         while True:
-            done += merge(packed.start + done, arguments, out[done:])
+            rest = packed.behind(done)
+            done += merge(rest, steps, out[done:])
             if done == block.size:
-                self.leave(arguments[3])
+                self.leave(steps.left)
                 return True
             run = out[done : done + kernels.trimmed.CHUNK]
             row = block.scratch("run", (run.size,), "float32")
-            merge_tile(packed, done, arguments, row)
+            merge_tile(packed.behind(done), block.start + done, steps, row)
             if packed.special.any() or codecs.encode_bf16(row, run):
                 return False
             done += run.size
@@ -393,12 +395,9 @@ class Magnitudes(Ordered):
             done = kernels.direct.count_brackets(packed.bits, packed.start, block.size, *counts)
             if done == block.size:
                 return True
-        rest = packed.start + done, block.size - done, block.start + done
-        models, special = block.tensor.models, packed.special
+        rest = packed.behind(done), block.size - done, block.start + done
         with program.on(block) as steps:
-            kernels.tiles.count_brackets(
-                packed.bits, packed.kind, *rest, *steps, *counts, models, special
-            )
+            kernels.tiles.count_brackets(*rest, steps, *counts, block.tensor.models)
         return True
 
 
@@ -418,8 +417,7 @@ def variances(block: Block, prunings: Prunings) -> Array:
         if block.bfloat16 is not None:
             done = kernels.direct.variance(packed.bits, packed.start, out[0])
         if done < block.size:
-            place = packed.bits, packed.kind, packed.start + done, block.tensor.models
-            kernels.tiles.variance(*place, packed.special, out[0, done:])
+            kernels.tiles.variance(packed.behind(done), block.tensor.models, out[0, done:])
         return out
     return variances_of(prune(block, prunings), block)
 
@@ -557,9 +555,8 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
         return
     program, packed = request.program(block), block.packed
     if program is not None and packed is not None and grain == GRANULE:
-        place = packed.bits, packed.kind, packed.start, block.size, block.start
         with program.on(block) as steps:
-            kernels.tiles.sums(*place, *steps, what, unpruned, packed.special, out)
+            kernels.tiles.sums(packed, block.size, block.start, steps, what, unpruned, out)
         return
     n, sums = block.tensor.models, kernels.norms.sums
     if unpruned:

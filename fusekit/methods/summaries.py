@@ -41,16 +41,7 @@ class Gram(Additive):
             kernels.direct.products_of_two(*place, self.deltas, out)
             if np.isfinite(out).all():
                 return
-        kernels.tiles.products(
-            packed.bits,
-            packed.kind,
-            packed.start,
-            block.size,
-            self.deltas,
-            self.models,
-            packed.special,
-            out,
-        )
+        kernels.tiles.products(packed, block.size, self.deltas, self.models, out)
 
     def result(self, total: Array) -> Matrix:
         return _symmetric(total.tolist(), self.models)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fusekit import kernels
+from fusekit.kernels.packed import Packed
 from fusekit.methods.base import (
     Block,
     Combine,
     Method,
-    Packed,
     Parameter,
     Remark,
     SidePart,

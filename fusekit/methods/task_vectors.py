@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
+from fusekit.kernels.packed import Packed, Steps
 from fusekit.methods.base import (
     Additive,
     Block,
     Combine,
     Method,
-    Packed,
     Parameter,
     Remark,
     Rule,
@@ -76,14 +76,12 @@ class PrunedSum(OnPruned, Combine):
         if program is None or not program.only_cuts:
             return False
 
-        def merge(start: int, arguments: tuple[Array, ...], out: Array) -> int:
-            steps, values, _, left, _ = arguments
-            cuts = steps, values, left
-            return int(kernels.trimmed.weighted_sum(packed.bits, start, *cuts, weights, out))
+        def merge(rest: Packed, steps: Steps, out: Array) -> int:
+            sum_cut = kernels.trimmed.weighted_sum
+            return int(sum_cut(rest.bits, rest.start, steps, weights, out))
 
-        def merge_tile(packed: Packed, done: int, arguments: tuple[Array, ...], row: Array) -> None:
-            place = packed.bits, packed.kind, packed.start + done, block.start + done
-            kernels.tiles.weighted_sum(*place, *arguments, weights, packed.special, row)
+        def merge_tile(run: Packed, position: int, steps: Steps, row: Array) -> None:
+            kernels.tiles.weighted_sum(run, position, steps, weights, row)
 
         return program.encode(block, out, merge, merge_tile)
 
@@ -96,9 +94,8 @@ class PrunedSum(OnPruned, Combine):
             rows = prune(block, self.prunings)
             kernels.linear.weighted_sum(rows, weights, block.base, 1.0, out)
             return
-        place = packed.bits, packed.kind, packed.start, block.start
         with program.on(block) as steps:
-            kernels.tiles.weighted_sum(*place, *steps, weights, packed.special, out)
+            kernels.tiles.weighted_sum(packed, block.start, steps, weights, out)
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,15 +143,13 @@ class ElectedMerge(OnPruned, Combine):
         if program is None or not program.only_cuts:
             return False
 
-        def merge(start: int, arguments: tuple[Array, ...], out: Array) -> int:
-            steps, values, _, left, _ = arguments
-            cuts = steps, values, left
-            return int(kernels.trimmed.elect_of_three(packed.bits, start, *cuts, rule, out))
+        def merge(rest: Packed, steps: Steps, out: Array) -> int:
+            elect_cut = kernels.trimmed.elect_of_three
+            return int(elect_cut(rest.bits, rest.start, steps, rule, out))
 
-        def merge_tile(packed: Packed, done: int, arguments: tuple[Array, ...], row: Array) -> None:
-            place = packed.bits, packed.kind, packed.start + done, block.start + done
+        def merge_tile(run: Packed, position: int, steps: Steps, row: Array) -> None:
             voting = ballots, weights, self.election, self.tie_sign, self.merge, self.scale
-            kernels.tiles.elect_and_merge(*place, *arguments, *voting, packed.special, row)
+            kernels.tiles.elect_and_merge(run, position, steps, *voting, row)
 
         return program.encode(block, out, merge, merge_tile)
 
@@ -172,10 +167,9 @@ class ElectedMerge(OnPruned, Combine):
                 rows, ballots, weights, *choices, block.base, self.scale, work, out
             )
             return
-        place = packed.bits, packed.kind, packed.start, block.start
         with program.on(block) as steps:
             kernels.tiles.elect_and_merge(
-                *place, *steps, ballots, weights, *choices, self.scale, packed.special, out
+                packed, block.start, steps, ballots, weights, *choices, self.scale, out
             )
 
 

@@ -11,7 +11,6 @@ import pytest
 import fusekit
 from fusekit.engine import blocks
 from fusekit.errors import CheckpointError
-from fusekit.kernels import tiles
 from fusekit.methods import find
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -153,10 +152,6 @@ def test_nan_is_counted_where_nothing_is_scanned_first_and_it_would_be_dropped(
     spoilt.reshape(-1)[[5, 1500, 30_000, 60_000]] = np.nan
     with pytest.raises(CheckpointError, match="'w' has 4 NaN or infinite"):
         fusekit.merge_state_dicts(models, method=name, base=base, parameters=parameters)
-
-
-def test_the_engine_and_the_kernels_agree_on_the_types() -> None:
-    assert {"BF16": tiles.BF16, "F16": tiles.F16} == blocks.KINDS
 
 
 def test_mixed_and_wider_types_are_decoded_first(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 from numba import njit
 
 from fusekit.kernels import direct, floats, gram, linear, norms, order, random, thin, tiles
+from fusekit.kernels.packed import BF16, Packed
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -157,7 +158,7 @@ def test_variances_over_models_are_those_of_decoded_rows(size: int, count: int) 
     thin.variance(values[:count] - values[count], expected)
     np.testing.assert_array_equal(out, expected)
     decoded = np.empty(size, np.float32)
-    tiles.variance(bits, tiles.BF16, 3, count, np.zeros(count + 1, np.int64), decoded)
+    tiles.variance(Packed(bits, BF16, 3, np.zeros(count + 1, np.int64)), count, decoded)
     np.testing.assert_array_equal(decoded, expected)
     np.testing.assert_allclose(
         out, (values[:count] - values[count]).astype(np.float64).var(axis=0), rtol=1e-5, atol=1e-12

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fusekit.kernels import ballot, elect, linear, order, tiles, trimmed
+from fusekit.kernels.packed import Steps
 from tests.kernels.test_direct import SIZES, operands
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -22,10 +23,12 @@ CUTS = [
 ]
 
 
-def program(cuts: list[tuple[int, int, float]], left: list[int]) -> tuple[Array, Array, Array]:
-    """Steps, values and equal entries left."""
-    steps = np.array([cut[:2] for cut in cuts], np.int64).reshape(-1, 2)
-    return steps, np.array([cut[2] for cut in cuts], np.float64), np.array(left, np.int64)
+def program(cuts: list[tuple[int, int, float]], left: list[int]) -> Steps:
+    """The cuts and how many equal entries each has left."""
+    kinds = np.array([cut[:2] for cut in cuts], np.int64).reshape(-1, 2)
+    values = np.array([cut[2] for cut in cuts], np.float64)
+    keys, flags = np.zeros(len(cuts), np.uint64), np.empty((0, 0), np.uint8)
+    return Steps(kinds, values, keys, np.array(left, np.int64), flags)
 
 
 def cut_rows(rows: Array, cuts: list[tuple[int, int, float]], left: Array) -> Array:
@@ -54,27 +57,27 @@ def rounded(values: Array) -> Array:
 @pytest.mark.parametrize("size", SIZES)
 def test_cut_task_vectors_are_summed(size: int, ties: int) -> None:
     values, bits = operands(4, size, seed=3)
-    steps, thresholds, left = program(CUTS, [0, 0, 0, ties, ties])
-    remaining = left.copy()
+    steps = program(CUTS, [0, 0, 0, ties, ties])
+    remaining = steps.left.copy()
     rows = cut_rows(values[:3] - values[3], CUTS, remaining)
     weights = np.array([0.5, 1.5, -1.0])
     out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
-    assert trimmed.weighted_sum(bits, 3, steps, thresholds, left, weights, out) == size
+    assert trimmed.weighted_sum(bits, 3, steps, weights, out) == size
     linear.weighted_sum(rows, weights, values[3], 1.0, expected)
     np.testing.assert_array_equal(out, rounded(expected))
-    np.testing.assert_array_equal(left, remaining)
+    np.testing.assert_array_equal(steps.left, remaining)
 
 
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 def test_election_of_three(size: int, divide: bool) -> None:
     values, bits = operands(4, size, seed=8)
-    steps, thresholds, left = program(CUTS, [0, 0, 0, 10**9, 10**9])
-    rows = cut_rows(values[:3] - values[3], CUTS, left.copy())
+    steps = program(CUTS, [0, 0, 0, 10**9, 10**9])
+    rows = cut_rows(values[:3] - values[3], CUTS, steps.left.copy())
     ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
     out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
     rule = ballot.election(ballots, weights, divide, 0.7)
-    assert trimmed.elect_of_three(bits, 3, steps, thresholds, left, rule, out) == size
+    assert trimmed.elect_of_three(bits, 3, steps, rule, out) == size
     merge = elect.MEAN if divide else elect.SUM
     work = np.empty((3, elect.CHUNK), np.float32)
     elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
@@ -88,15 +91,15 @@ def test_runs_stop_where_ties_are_split(kind: int) -> None:
     bits[:3] = rounded(np.ones(1))
     cuts = [(kind, model, 1.0) for model in range(3)]
     out = np.zeros(size, np.uint16)
-    steps, values, left = program(cuts, [1500, 5000, 5000])
+    steps = program(cuts, [1500, 5000, 5000])
     rule = ballot.election(np.ones(3), np.ones(3), True, 1.0)
-    assert trimmed.elect_of_three(bits, 0, steps, values, left, rule, out) == 1024
-    np.testing.assert_array_equal(left, [476, 3976, 3976])
-    steps, values, left = program(cuts, [1500, 5000, 5000])
-    assert trimmed.weighted_sum(bits, 0, steps, values, left, np.ones(3), out) == 1024
-    np.testing.assert_array_equal(left, [476, 3976, 3976])
-    steps, values, left = program(cuts, [1024, 5000, 0])
-    assert trimmed.weighted_sum(bits, 0, steps, values, left, np.ones(3), out) == size
+    assert trimmed.elect_of_three(bits, 0, steps, rule, out) == 1024
+    np.testing.assert_array_equal(steps.left, [476, 3976, 3976])
+    steps = program(cuts, [1500, 5000, 5000])
+    assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == 1024
+    np.testing.assert_array_equal(steps.left, [476, 3976, 3976])
+    steps = program(cuts, [1024, 5000, 0])
+    assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == size
     found = out.view(ml_dtypes.bfloat16).astype(np.float32)
     kept = [2.0, 1.0] if kind == tiles.KEEP_FIRST else [1.0, 2.0]
     np.testing.assert_array_equal(found, np.repeat(kept, [1024, 3072]))
@@ -106,9 +109,9 @@ def test_runs_stop_where_ties_are_split(kind: int) -> None:
 def test_a_cut_at_zero_or_at_infinity_may_leave_nothing(cut: int) -> None:
     _, bits = operands(2, 1500, offset=0)
     limit = np.inf if cut == tiles.KEEP_ABOVE else 0.0
-    steps, thresholds, left = program([(cut, 0, limit)], [0])
+    steps = program([(cut, 0, limit)], [0])
     out = np.empty(1500, np.uint16)
-    assert trimmed.weighted_sum(bits, 0, steps, thresholds, left, np.ones(1), out) == 1500
+    assert trimmed.weighted_sum(bits, 0, steps, np.ones(1), out) == 1500
     np.testing.assert_array_equal(out, bits[1])
 
 
@@ -117,8 +120,8 @@ def test_what_is_not_finite_is_left_to_the_tiles(bad: float) -> None:
     values, bits = operands(4, 3000, offset=0)
     values[1, 2900] = bad
     bits[1] = rounded(values[1])
-    steps, thresholds, left = program([], [])
+    steps = program([], [])
     weights, out = np.full(3, 2.0), np.empty(3000, np.uint16)
-    assert trimmed.weighted_sum(bits, 0, steps, thresholds, left, weights, out) == 2048
+    assert trimmed.weighted_sum(bits, 0, steps, weights, out) == 2048
     rule = ballot.election(np.ones(3), weights, False, 1.0)
-    assert trimmed.elect_of_three(bits, 0, steps, thresholds, left, rule, out) == 2048
+    assert trimmed.elect_of_three(bits, 0, steps, rule, out) == 2048
