@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
@@ -24,6 +25,9 @@ from fusekit.cli import (
     verify,
 )
 from fusekit.errors import FusekitError
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 app = typer.Typer(
     name="fusekit",
@@ -67,16 +71,43 @@ def _options(
 
 def main() -> None:
     """Entry point: refusals are one sentence on standard error and exit status 2."""
+    _open_standard_streams()
     try:
-        app()
+        _run()
     except FusekitError as error:
         print(f"fusekit: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # nobody reads on, as in `fusekit methods | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if error.strerror is None:
             raise
-        print(f"fusekit: {error.filename}: {error.strerror}", file=sys.stderr)
+        place = "" if error.filename is None else f"{error.filename}: "
+        print(f"fusekit: {place}{error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fusekit: interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
+
+
+def _run() -> None:
+    try:
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer has swallowed what told it so
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        sys.stdout.flush()
+
+
+def _open_standard_streams() -> None:
+    """Let no weight file take the number of a standard stream that the caller has closed."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")

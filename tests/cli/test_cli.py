@@ -148,6 +148,46 @@ def test_wrong_arguments_are_status_2(recipe: Path, arguments: list[str]) -> Non
     assert not (recipe.parent / "out").exists()
 
 
+def test_an_interrupted_merge_says_how_to_continue_and_does(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    recipe.write_text(recipe.read_text() + "seed: 1\n")
+    interrupting = (
+        "import os, signal, sys, fusekit.cli, fusekit.engine.run as run\n"
+        "run._execute = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        f"sys.argv = ['fusekit', 'merge', {str(recipe)!r}, {str(out)!r}]\n"
+        "fusekit.cli.main()\n"
+    )
+    stopped = subprocess.run(
+        [sys.executable, "-c", interrupting], capture_output=True, text=True, check=False
+    )
+    assert stopped.returncode == 130
+    assert stopped.stderr == "fusekit: interrupted; run the same command again to continue\n"
+    assert not out.exists()
+    assert run("merge", recipe, out).returncode == 0
+
+
+def test_a_merge_needs_no_standard_streams(recipe: Path) -> None:
+    out = recipe.parent / "out"
+    command = [sys.executable, "-m", "fusekit", "merge", str(recipe), str(out)]
+    done = subprocess.run(["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command], check=False)
+    assert done.returncode == 0
+    assert fusekit.verify(out).ok
+
+
+def test_output_that_cannot_be_printed_is_one_sentence(recipe: Path) -> None:
+    command = [sys.executable, "-m", "fusekit", "plan", str(recipe)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "fusekit: No space left on device\n"
+
+
+def test_a_reader_that_goes_away_is_no_error_to_speak_of() -> None:
+    command = f"{sys.executable} -m fusekit methods | true"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+
+
 # -- plan, methods, verify ------------------------------------------------------------------------
 
 
