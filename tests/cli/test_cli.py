@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -184,7 +185,10 @@ def test_output_that_cannot_be_printed_is_one_sentence(recipe: Path) -> None:
 
 def test_a_reader_that_goes_away_is_no_error_to_speak_of() -> None:
     command = f"{sys.executable} -m fusekit methods | true"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    buffered = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}
+    done = subprocess.run(
+        ["sh", "-c", command], env=buffered, capture_output=True, text=True, check=False
+    )
     assert done.stderr == ""
 
 
