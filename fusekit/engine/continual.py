@@ -25,11 +25,22 @@ from fusekit.engine import run
 from fusekit.engine.blocks import BLOCK_ELEMENTS, Workspace
 from fusekit.engine.manifest import MANIFEST
 from fusekit.errors import CheckpointError, FusekitError, RecipeError
+from fusekit.methods.registry import find
+from fusekit.recipe.parameters import read_level
 from fusekit.recipe.schema import Recipe, load_recipe
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 START, CONTINUE, FINISH = "opcm.start", "opcm.continue", "opcm.finish"
+
+_NOT_FOR_WHOLE_MODELS = (
+    "slices",
+    "modules",
+    "layer_scaling",
+    "tokenizer_source",
+    "tokenizer",
+    "chat_template",
+)
 
 
 @dataclass(frozen=True)
@@ -113,6 +124,7 @@ def merge_arrays(
     **options: Any,
 ) -> dict[str, Any]:
     """As `merge`, of state dicts in memory and without keeping the update."""
+    read_level(parameters, find("opcm"), "parameters")
     update = run.merge_state_dicts(
         [base, *models],
         method=START,
@@ -193,9 +205,15 @@ def _scale(norms: Sequence[float], update: TensorSource) -> float:
 
 def _models(recipe: Recipe) -> tuple[str, list[str]]:
     """The base and the models, of a recipe as simple as continual merging needs it."""
-    for key in ("slices", "modules", "layer_scaling", "tokenizer_source", "tokenizer"):
+    _check_parameters(recipe)
+    for key in _NOT_FOR_WHOLE_MODELS:
         if getattr(recipe, key) is not None:
             raise RecipeError(f"{key}: {recipe.merge_method} adds whole models; remove it")
+    if recipe.missing != "error":
+        raise RecipeError(
+            f"missing: found {recipe.missing!r}, but {recipe.merge_method} adds whole models; "
+            "remove it"
+        )
     if recipe.stages:
         raise RecipeError(
             f"{recipe.merge_method} takes a recipe of one document; merge the others first"
@@ -206,7 +224,20 @@ def _models(recipe: Recipe) -> tuple[str, list[str]]:
         )
     base = _located(recipe.base_model, recipe.folder)
     models = [_located(entry.model, recipe.folder) for entry in recipe.models or []]
-    return base, [model for model in models if model != base]
+    chosen = [model for model in models if model != base]
+    if not chosen:
+        raise RecipeError(f"models: {recipe.merge_method} found none beside the base, expected one")
+    return base, chosen
+
+
+def _check_parameters(recipe: Recipe) -> None:
+    """Refuse parameters by the names that the method has for users, not those of its steps."""
+    method = find(recipe.merge_method)
+    read_level(recipe.parameters, method, "parameters")
+    for i, entry in enumerate(recipe.models or ()):
+        place = f"models[{i}].parameters"
+        for name in read_level(entry.parameters, method, place):
+            raise RecipeError(f"{place}.{name}: belongs to the whole merge, under parameters")
 
 
 def _located(reference: str, folder: Path | None) -> str:

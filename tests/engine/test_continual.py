@@ -124,13 +124,45 @@ def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
         merge(recipe(base, models), into=out)
     merge(recipe(base, models[:1]), out)
     with pytest.raises(RecipeError, match=r"base_model: found .*model1.* was merged on .*base"):
-        merge(recipe(models[1], models[1:]), into=out)
+        merge(recipe(models[1], models), into=out)
     with pytest.raises(RecipeError, match="'linear' cannot add to a checkpoint"):
         merge({**recipe(base, models), "merge_method": "linear"}, into=out)
     with pytest.raises(FusekitError, match="either the folder to create"):
         merge(recipe(base, models), out, into=out)
     with pytest.raises(FusekitError, match="already exists"):
         merge(recipe(base, models), out)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameters": {"alph": 0.2}}, r"parameters.alph: opcm has no parameter .*mean 'alpha'"),
+        ({"parameters": {"history": "x"}}, "opcm has no parameter 'history'"),
+        ({"chat_template": "chatml"}, "chat_template: opcm adds whole models"),
+        ({"missing": "base"}, "missing: found 'base', but opcm adds whole models"),
+        ({"models": ["base"]}, "models: opcm found none beside the base, expected one"),
+        ({"own": {"weight": 2.0}}, r"models\[0\].parameters.weight: opcm has no parameter"),
+        ({"own": {"alpha": 0.2}}, r"models\[0\].parameters.alpha: belongs to the whole merge"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    base, *models = folders(read_case("opcm", "case0"), tmp_path)
+    content = {**recipe(base, models), **change}
+    own = content.pop("own", {})
+    names = [base if name == "base" else name for name in change.get("models", models)]
+    content["models"] = [{"model": name, "parameters": own} for name in names]
+    with pytest.raises(RecipeError, match=message):
+        merge(content, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parameters_in_memory_are_called_as_users_know_them() -> None:
+    models = [{"w.weight": np.full((3, 3), i, np.float32)} for i in range(3)]
+    for name in ("alph", "history", "scale"):
+        with pytest.raises(RecipeError, match=f"parameters.{name}: opcm has no parameter"):
+            merge_state_dicts(models[1:], base=models[0], method="opcm", parameters={name: 0.5})
 
 
 def test_it_is_not_one_step_among_others(tmp_path: Path) -> None:
