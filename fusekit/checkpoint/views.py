@@ -91,9 +91,9 @@ class _Update:
 
     def apply(self, values: Array, start: int) -> None:
         """Fold the update into elements `[start, start + values.size)`, in place."""
-        from fusekit.kernels.lowrank import add_low_rank
+        from fusekit.kernels import lowrank
 
-        add_low_rank(self.left, self.right, self.scaling, start, values)
+        lowrank.add_low_rank(self.left, self.right, self.scaling, start, values)
         if self.factors is not None:
             index = np.arange(start, start + values.size)
             along = index % self.columns if self.by_column else index // self.columns

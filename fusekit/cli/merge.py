@@ -104,7 +104,11 @@ def merge(
 
 
 def _say_compiling() -> None:
-    print("Compiling kernels: first use only, cached for all later runs.", file=sys.stderr)
+    from fusekit import kernels
+
+    kept = "first use only, cached for all later runs."
+    lost = "there is no place to keep them for later runs; NUMBA_CACHE_DIR can name one."
+    print(f"Compiling kernels: {kept if kernels.are_kept() else lost}", file=sys.stderr)
 
 
 def _say_uploading(name: str) -> None:
