@@ -28,7 +28,8 @@ from fusekit.engine.blocks import (
 from fusekit.engine.checksum import CHUNK_ELEMENTS, ChunkDigests
 from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
-from fusekit.errors import CheckpointError, FusekitError, RecipeError
+from fusekit.engine.rules import differing
+from fusekit.errors import CheckpointError, FusekitError
 from fusekit.kernels import GRANULE
 from fusekit.kernels.packed import KINDS
 from fusekit.methods.base import Block, Combine, Copy, Remark, Summary
@@ -541,11 +542,7 @@ def _check_same_request(jobs: Sequence[_Job]) -> None:
     for job in jobs[1:]:
         assert job.request is not None
         if job.request.group_key() != first.request.group_key():
-            raise RecipeError(
-                f"{first.planned.method.name}: tensors {first.planned.name!r} and "
-                f"{job.planned.name!r} share a summary (granularity) but have different "
-                "parameters; give them the same values or use granularity: tensor"
-            )
+            raise differing(first.planned, job.planned)
 
 
 def available_cpus() -> int:

@@ -22,6 +22,7 @@ from fusekit.engine.measurements import check_statistics
 from fusekit.engine.operands import Operands, choose_operands
 from fusekit.engine.output_config import output_config, part_configs, stack_notes
 from fusekit.engine.plan import Kind, Plan, PlannedTensor
+from fusekit.engine.rules import check_rules
 from fusekit.engine.stages import planned_checkpoint
 from fusekit.engine.tasks import side_file
 from fusekit.engine.units import Structure, units
@@ -138,6 +139,7 @@ def plan_checkpoints(
         )
         for tensor in matched
     ]
+    check_rules(planned)
     reference = next(i for i, c in enumerate(opened) if c.reference == operands.reference)
     made = Plan(
         tensors=tuple(planned),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator
 from typing import Any
 
@@ -9,19 +10,29 @@ from fusekit.errors import RecipeError
 from fusekit.methods.base import Combine, Method, Parameter, Summary, Tensor
 from fusekit.methods.combines import linear
 
+_ROUNDING = 1e-12
+"""Sums of weights this much smaller than the weights themselves are 0."""
+
 
 def _linear(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     yield from ()
+    return linear(shares(tensor, "linear") if tensor["normalize"] else tensor.each("weight"))
+
+
+def shares(tensor: Tensor, method: str, option: str = "normalize") -> list[float]:
+    """The models' weights divided by their sum.
+
+    Raises:
+        RecipeError: they sum to 0, up to the rounding of decimal fractions.
+    """
     weights = tensor.each("weight")
-    if tensor["normalize"]:
-        total = sum(weights)
-        if total == 0:
-            raise RecipeError(
-                f"linear: the weights of tensor {tensor.name!r} sum to 0 and cannot be normalised; "
-                "set normalize: false or change a weight"
-            )
-        weights = [weight / total for weight in weights]
-    return linear(weights)
+    total = math.fsum(weights)
+    if abs(total) <= _ROUNDING * math.fsum(map(abs, weights)):
+        raise RecipeError(
+            f"{method}: the weights of tensor {tensor.name!r} sum to 0 and cannot be normalised; "
+            f"set {option}: false or change a weight"
+        )
+    return [weight / total for weight in weights]
 
 
 METHODS = (

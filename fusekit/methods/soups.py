@@ -9,20 +9,12 @@ from typing import Any
 from fusekit.errors import RecipeError
 from fusekit.methods.base import Combine, Copy, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
+from fusekit.methods.linear import shares
 
 
 def _soup(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     yield from ()
-    weights = tensor.each("weight")
-    if tensor["normalize"]:
-        total = sum(weights)
-        if total == 0:
-            raise RecipeError(
-                "model_soups: weight: the weights sum to 0 and cannot be normalised; "
-                "set normalize: false or change a weight"
-            )
-        weights = [weight / total for weight in weights]
-    return linear(weights)
+    return linear(shares(tensor, "model_soups") if tensor["normalize"] else tensor.each("weight"))
 
 
 def _unival(tensor: Tensor) -> Generator[Summary, Any, Combine]:

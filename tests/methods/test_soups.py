@@ -47,7 +47,7 @@ def test_integer_buffers_are_the_first_models() -> None:
 
 
 def test_refuses_weights_that_cancel() -> None:
-    with pytest.raises(RecipeError, match="weights sum to 0"):
+    with pytest.raises(RecipeError, match="sum to 0 and cannot be normalised"):
         merge_state_dicts(
             [{"w": np.ones(2)}] * 2,
             method="model_soups",

@@ -48,6 +48,47 @@ WRONG = {
         "tensor 'model.layers.1.w' of ft1 is missing: flat has 1 layers, ft1 2; choose among them "
         "with slices",
     ),
+    "weights that sum to 0": (
+        "merge_method: linear\nmodels: [{model: ft1}, {model: ft1}]\n"
+        "parameters: {weight: [{filter: norm, value: 0}, {value: 1}]}",
+        "linear: the weights of tensor 'model.norm.weight' sum to 0 and cannot be normalised",
+    ),
+    "weights that sum to 0 but for rounding": (
+        "merge_method: model_soups\nmodels:\n- {model: ft1, parameters: {weight: 0.1}}\n"
+        "- {model: ft1, parameters: {weight: 0.2}}\n- {model: ft1, parameters: {weight: -0.3}}",
+        "model_soups: the weights of tensor 'model.layers.0.w' sum to 0",
+    ),
+    "shares of nothing": (
+        "merge_method: karcher\nmodels: [{model: ft1}, {model: ft1}]\nparameters: {weight: 0}",
+        "karcher: the weights of tensor 'model.layers.0.w' sum to 0, expected more than 0",
+    ),
+    "probabilities beyond 1 in one layer": (
+        "merge_method: della\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
+        "parameters: {density: [0.5, 0.9], epsilon: 0.2}",
+        "density 0.9 and epsilon 0.2 for tensor 'model.layers.1.w': keep probabilities run from "
+        "0.7 to 1.1",
+    ),
+    "a pattern that is none": (
+        "merge_method: widen\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
+        "parameters: {exclude: '('}",
+        "widen: exclude: found '(', expected a regular expression",
+    ),
+    "settings that exclude each other": (
+        "merge_method: varm\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
+        "parameters: {elementwise: true, temperature: 1}",
+        "varm: temperature does not apply with elementwise",
+    ),
+    "densities that differ within a group": (
+        "merge_method: ties\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
+        "granularity: model\nparameters: {density: [0.5, 0.9]}",
+        "ties: tensors 'model.layers.0.w' and 'model.layers.1.w' share a summary (granularity) "
+        "but have different parameters",
+    ),
+    "a group of which a part is left whole": (
+        "merge_method: ties\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
+        "granularity: model\nparameters: {density: [{filter: norm, value: 1}, {value: 0.5}]}",
+        "ties: tensors 'model.layers.0.w' and 'model.norm.weight' share a summary",
+    ),
 }
 
 
@@ -69,6 +110,14 @@ def test_it_is_named_in_one_sentence(what: str, folder: Path) -> None:
     message = str(caught.value)
     assert expected in message
     assert "\n" not in message
+
+
+def test_a_group_may_hold_tensors_of_a_single_model(folder: Path) -> None:
+    models = [{"model": str(folder / name), "layer_range": [0, 1]} for name in ("ft1", "flat")]
+    alone = [{"model": str(folder / "ft1"), "layer_range": [1, 2]}]
+    slices = [{"sources": models}, {"sources": alone}]
+    recipe = {"merge_method": "slerp", "slices": slices, "parameters": {"t": 0.5}}
+    fusekit.plan({**recipe, "granularity": "model"}).close()
 
 
 @pytest.mark.parametrize(("pattern", "told"), [("nrom", True), ("layers.1", False), ("*", False)])

@@ -32,7 +32,7 @@ def planned(layers: int, method: str = "linear", base: bool = False, **recipe: A
 
 def weights(layers: int, weight: Any, **recipe: Any) -> dict[str, list[float]]:
     """Tensor name -> the weight of every model."""
-    parameters = {"weight": weight, **recipe.pop("parameters", {})}
+    parameters = {"weight": weight, "normalize": False, **recipe.pop("parameters", {})}
     plan = planned(layers, parameters=parameters, **recipe)
     return {p.name: p.tensor.each("weight") for p in plan.tensors}
 
