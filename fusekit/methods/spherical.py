@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from fusekit.errors import RecipeError
 from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import IndexedLinear, linear, move
+from fusekit.methods.linear import shares
 from fusekit.methods.summaries import ColumnGram, DeltaGram, Gram, Matrix, RowGram
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ Steps = Generator[Summary, Any, Combine]
 
 _PARALLEL = 0.9995
 _NORM_FLOOR = 1e-8
+_STRAIGHT = 1e-7
+"""The sine of an angle whose cosine is 1 or -1 up to rounding is below this."""
 
 
 def _slerp(tensor: Tensor) -> Steps:
@@ -79,7 +82,7 @@ def nuslerp_weights(aa: float, ab: float, bb: float, t: float) -> tuple[float, f
     cosine = ab / (max(math.sqrt(aa), floor) * max(math.sqrt(bb), floor))
     angle = math.acos(min(max(cosine, -1.0), 1.0))
     sine = math.sin(angle)
-    if abs(sine) < 1e-8:
+    if abs(sine) < _STRAIGHT:
         return 1.0 - t, t
     return math.sin((1.0 - t) * angle) / sine, math.sin(t * angle) / sine
 
@@ -89,21 +92,20 @@ def _multislerp(tensor: Tensor) -> Steps:
         return linear([1.0])
     weights = tensor.each("weight")
     if tensor["normalize_weights"]:
-        total = sum(weights)
-        if total == 0:
-            raise RecipeError(
-                f"multislerp: the weights of tensor {tensor.name!r} sum to 0 and cannot be "
-                "normalised; set normalize_weights: false or change a weight"
-            )
-        weights = [weight / total for weight in weights]
+        weights = shares(tensor, "multislerp", "normalize_weights")
     gram = yield (DeltaGram if tensor.has_base else Gram)(tensor.models)
     epsilon = tensor["eps"]
     norms = [math.sqrt(gram[i][i]) for i in range(tensor.models)]
+    if not any(norms):
+        return move([0.0] * tensor.models, tensor.has_base)
     # The mean direction is sum_i (w_i / r_i) v_i; its length follows from the Gram matrix. One
     # tangent step from it vanishes in exact arithmetic: its components sum to zero.
-    direction = [w / (norm + epsilon) for w, norm in zip(weights, norms, strict=True)]
+    # A vector of length 0 has no direction: it only lowers the scale.
+    direction = [
+        w / (norm + epsilon) if norm else 0.0 for w, norm in zip(weights, norms, strict=True)
+    ]
     length = math.sqrt(max(quadratic(gram, direction), 0.0))
-    if length < epsilon:
+    if length <= epsilon:
         if tensor.models == 2:
             return move(weights, tensor.has_base)
         raise RecipeError(
@@ -117,17 +119,17 @@ def _multislerp(tensor: Tensor) -> Steps:
 def _karcher(tensor: Tensor) -> Steps:
     if tensor.models == 1:
         return linear([1.0])
-    gram = yield Gram(tensor.models)
-    shares = tensor.each("weight")
-    total = sum(shares)
+    weights = tensor.each("weight")
+    total = sum(weights)
     if total <= 0:
         raise RecipeError(
             f"karcher: the weights of tensor {tensor.name!r} sum to {total:g}, expected more than 0"
         )
-    shares = [share / total for share in shares]
+    gram = yield Gram(tensor.models)
+    alphas = [weight / total for weight in weights]
     if tensor.models == 2 and gram[0][1] <= (1e-12 - 1.0) * math.sqrt(gram[0][0] * gram[1][1]) < 0:
         yield Remark("karcher: opposite directions have no mean: the first one is taken")
-    return linear(karcher_weights(gram, shares, tensor["max_iter"], tensor["tol"]))
+    return linear(karcher_weights(gram, alphas, tensor["max_iter"], tensor["tol"]))
 
 
 def karcher_weights(gram: Matrix, shares: list[float], max_iter: int, tol: float) -> list[float]:
