@@ -41,16 +41,18 @@ class Statistics:
                 f"expected {FORMAT!r}, as fusekit calibrate writes it"
             )
 
-    @property
+    @functools.cached_property
     def about(self) -> dict[str, Any]:
         """What was measured, how, and on what data."""
-        about: dict[str, Any] = json.loads(self._file.metadata.get("about", "{}"))
-        return about
+        return self._mapping("about")
 
     @functools.cached_property
     def unreached(self) -> frozenset[str]:
         """The modules or parameters that the measured model has but the data said nothing of."""
-        return frozenset(self.about.get("unreached", ()))
+        names = self.about.get("unreached", [])
+        if not isinstance(names, list):
+            raise self._malformed("about", names)
+        return frozenset(map(str, names))
 
     @property
     def names(self) -> list[str]:
@@ -76,24 +78,47 @@ class Statistics:
         )
 
     def read(self, name: str) -> Array:
-        """One entry in float32 or float64, as it was saved."""
+        """One entry in float32, or in float64 if it was saved in that."""
         info = self._file.tensors[name]
-        values: Array = np.empty(info.shape, info.dtype.numpy)
-        self._file.read_into(name, 0, info.size, values.reshape(-1).view(np.uint8).data)
+        if not info.dtype.is_float:
+            raise CheckpointError(
+                f"{self.path}: {name!r} is {info.dtype.torch_name}, expected floating-point numbers"
+            )
+        stored: Array = np.empty(info.shape, info.dtype.numpy)
+        self._file.read_into(name, 0, info.size, stored.reshape(-1).view(np.uint8).data)
+        values: Array = stored if info.dtype.name == "F64" else stored.astype(np.float32)
         if not np.isfinite(values).all():
             raise CheckpointError(f"{self.path}: {name!r} holds NaN or infinite values")
         return values
 
     def norm(self, names: Iterable[str]) -> float:
         """The L2 norm of these entries together."""
-        recorded = json.loads(self._file.metadata.get("squared_norms", "{}"))
-        return math.sqrt(
-            sum(
-                recorded[name]
-                if name in recorded
-                else float(np.square(self.read(name), dtype=np.float64).sum())
-                for name in names
-            )
+        recorded = self._mapping("squared_norms")
+        total = 0.0
+        for name in names:
+            square = recorded.get(name)
+            if square is None:
+                square = float(np.square(self.read(name), dtype=np.float64).sum())
+            if not isinstance(square, (int, float)) or not 0 <= square < math.inf:
+                raise self._malformed("squared_norms", square)
+            total += square
+        return math.sqrt(total)
+
+    def _mapping(self, key: str) -> dict[str, Any]:
+        """An entry of the metadata that holds a JSON object; empty without one."""
+        text = self._file.metadata.get(key, "{}")
+        try:
+            found = json.loads(text)
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise self._malformed(key, text)
+        return found
+
+    def _malformed(self, key: str, found: Any) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path}: its metadata holds {found!r:.80} under {key!r}, which fusekit calibrate "
+            "does not write; measure again"
         )
 
     def close(self) -> None:

@@ -65,6 +65,12 @@ def _regmean(
         return _averaged(tensor, models)
     inputs = measured[0].value.shape[0]
     transposed = tensor.shape[1] != inputs
+    for path, own in zip(tensor.each("statistics"), measured, strict=True):
+        if not _is_gram(own.value):
+            raise CheckpointError(
+                f"{path}: the gram of {_module(tensor)!r} is no Gram matrix, expected a symmetric "
+                "one without negative values on its diagonal"
+            )
     solved = matrix.regmean.merge(
         models,
         [own.value for own in measured],
@@ -79,6 +85,12 @@ def _regmean(
         )
     merged: torch.Tensor = solved.weight
     return merged
+
+
+def _is_gram(matrix: torch.Tensor) -> bool:
+    diagonal = matrix.diagonal()
+    tolerance = 1e-3 * float(diagonal.abs().max())
+    return not bool((diagonal < 0).any()) and float((matrix - matrix.T).abs().max()) <= tolerance
 
 
 def _regmean_working(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 import yaml
@@ -102,6 +103,56 @@ def test_negative_fisher_information_is_refused(folder: Path) -> None:
     save_statistics(folder / "negative", rows, {})
     with pytest.raises(CheckpointError, match=r"negative: the fisher of 'fc.weight' has negative"):
         fusekit.merge(recipe(folder, "fisher", "fisher0", "negative"), folder / "out")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+def test_statistics_in_other_types_are_widened(folder: Path, dtype: str) -> None:
+    pytest.importorskip("torch")
+    gram = np.diag(np.arange(1.0, 7.0))
+    about = {"format": "fusekit-statistics/1"}
+    save_file(
+        {"fc/gram": gram.astype(ml_dtypes.bfloat16 if dtype[0] == "b" else dtype)},
+        folder / "other",
+        about,
+    )
+    save_statistics(folder / "plain", {"fc/gram": gram.astype("f4")}, {})
+    for name in ("other", "plain"):
+        fusekit.merge(recipe(folder, "regmean", "gram0", name), folder / f"out-{name}")
+    found, expected = (
+        load_file(folder / f"out-{name}" / "model.safetensors") for name in ("other", "plain")
+    )
+    np.testing.assert_allclose(found["fc.weight"], expected["fc.weight"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "entry", "metadata", "message"),
+    [
+        ("regmean", np.eye(6, dtype="i8"), {}, "'fc/gram' is int64, expected floating-point"),
+        ("regmean", np.triu(np.ones((6, 6), "f4")), {}, "the gram of 'fc' is no Gram matrix"),
+        ("regmean", -np.eye(6, dtype="f4"), {}, "the gram of 'fc' is no Gram matrix"),
+        ("fisher", np.ones(SHAPE, "f4"), {"squared_norms": "{"}, "holds '{' under 'squared_norms'"),
+        (
+            "fisher",
+            np.ones(SHAPE, "f4"),
+            {"squared_norms": '{"fc.weight/fisher": -1}'},
+            "holds -1 under 'squared_norms'",
+        ),
+        ("fisher", None, {"about": '{"unreached": 5}'}, "holds 5 under 'about'"),
+        ("fisher", None, {"about": "[1]"}, r"holds '\[1\]' under 'about'"),
+    ],
+)
+def test_damaged_statistics_are_refused(
+    folder: Path, method: str, entry: Any, metadata: dict[str, str], message: str
+) -> None:
+    pytest.importorskip("torch")
+    entries = {"fc.bias/fisher": np.ones(SHAPE[0], "f4")}
+    if entry is not None:
+        entries["fc/gram" if method == "regmean" else "fc.weight/fisher"] = entry
+    save_file(entries, folder / "damaged", {"format": "fusekit-statistics/1", **metadata})
+    first = "gram0" if method == "regmean" else "fisher0"
+    with pytest.raises(CheckpointError, match=rf"damaged: .*{message}"):
+        fusekit.merge(recipe(folder, method, first, "damaged"), folder / "out")
+    assert not (folder / "out").exists()
 
 
 def test_a_model_without_statistics_is_named(folder: Path) -> None:
