@@ -53,7 +53,7 @@ def select(
         score: how good the average of the models at these indices is; larger is better. NaN counts
             as the worst, with a warning.
         accept: whether a model joins if the score stays the same (`>=`) or only if it rises (`>`).
-        minimum_gain: how much the score must rise by at least.
+        minimum_gain: how much the score must rise by at least, 0 or more.
 
     References:
         "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
@@ -63,6 +63,8 @@ def select(
         raise FusekitError("models: found none, expected at least one model to make a soup of")
     if accept not in {">", ">="}:
         raise FusekitError(f"accept: found {accept!r}, expected '>' or '>='")
+    if not minimum_gain >= 0:
+        raise FusekitError(f"minimum_gain: found {minimum_gain}, expected 0 or more")
 
     def measured(indices: Sequence[int]) -> float:
         value = float(score(indices))
@@ -110,7 +112,8 @@ def greedy_soup(
     """A greedy soup of state dicts under any scoring function.
 
     Args:
-        models: `{name: array}` per model, NumPy arrays or torch tensors, all alike.
+        models: `{name: array}` per model, NumPy arrays or torch tensors, all alike. Integers come
+            from the best model.
         score: takes a state dict, returns a number; larger is better.
         accept: see `select`.
         minimum_gain: see `select`.
@@ -128,7 +131,7 @@ def greedy_soup(
 
     def average(indices: Sequence[int]) -> dict[str, Any]:
         chosen = [models[i] for i in indices]
-        return merge_state_dicts(chosen, method="linear", parameters={"weight": 1.0})
+        return merge_state_dicts(chosen, method="model_soups")
 
     selection = select(
         len(models),
@@ -204,8 +207,7 @@ def uniform_soup_folder(
 
 def _average(models: Sequence[str]) -> dict[str, Any]:
     return {
-        "merge_method": "linear",
-        "parameters": {"weight": 1.0},
+        "merge_method": "model_soups",
         "models": [{"model": model} for model in models],
     }
 

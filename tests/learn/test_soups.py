@@ -52,6 +52,19 @@ def test_equal_models_all_join_unless_the_score_must_rise() -> None:
     assert len(select(4, lambda indices: 1.0, minimum_gain=0.1).ingredients) == 1
 
 
+def test_integers_come_from_the_best_model() -> None:
+    models = [{"w": np.full(2, v, "f4"), "batches": np.array(i)} for i, v in enumerate((0, 1, 5))]
+    made = greedy_soup(models, lambda soup: -abs(float(soup["w"][0]) - 0.6))
+    assert made.selection.ingredients == (1, 0)
+    assert made.soup["batches"] == 1
+
+
+@pytest.mark.parametrize("gain", [-0.1, float("nan")])
+def test_gains_that_cannot_be_are_refused(gain: float) -> None:
+    with pytest.raises(FusekitError, match=f"minimum_gain: found {gain}, expected 0 or more"):
+        select(2, lambda indices: 1.0, minimum_gain=gain)
+
+
 def test_nan_is_the_worst_score() -> None:
     with pytest.warns(UserWarning, match="NaN"):
         selection = select(3, lambda indices: float("nan") if 1 in indices else 1.0)
