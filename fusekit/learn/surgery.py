@@ -12,13 +12,19 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fusekit.calibrate import models as calibration
 from fusekit.errors import FusekitError, did_you_mean
+
+Loss = Literal["l1", "mse"]
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": nn.functional.l1_loss,
+    "mse": nn.functional.mse_loss,
+}
 
 Batch = tuple[Tensor, Tensor]
 """Features (batch, d) of the merged model and of the task's expert, on the same inputs."""
@@ -68,9 +74,10 @@ def fit_surgery(
     rank: int = 16,
     steps: int = 500,
     lr: float = 1e-3,
+    loss: Loss = "l1",
     surgery: Surgery | None = None,
 ) -> Fitted:
-    """Train the tasks' modules on `mean |z_hat - z_expert|` with Adam.
+    """Train the tasks' modules on `mean |z_hat - z_expert|` with Adam, or on the mean square.
 
     Encoders are frozen, so features are computed once, by the caller; a task's batches are repeated
     until `steps` are done. Tasks do not influence each other.
@@ -80,15 +87,18 @@ def fit_surgery(
         rank: of each task's module.
         lr: of its training.
         steps: of its training.
+        loss: `l1`, the mean distance, as published, or `mse`, the mean squared distance.
         surgery: the module to train further; a new one by default.
 
     Raises:
-        FusekitError: features that are not finite or whose widths differ. A task without any batch
+        FusekitError: features that are not finite or do not fit each other, options out of range. A
+            task without any batch
             is left as the identity, with a warning.
 
     References:
         "Representation Surgery for Multi-Task Model Merging", arXiv 2402.02705.
     """
+    _check_options(rank, steps, lr, loss)
     collected = {task: list(pairs) for task, pairs in batches.items()}
     width = _checked_width(collected)
     surgery = Surgery(tuple(collected), width, rank) if surgery is None else surgery
@@ -99,12 +109,22 @@ def fit_surgery(
         place = surgery.tasks.index(task)
         optimizer = torch.optim.Adam([surgery.down[place], surgery.up[place]], lr=lr)
         for merged, expert in itertools.islice(itertools.cycle(pairs), steps):
-            loss = nn.functional.l1_loss(surgery(merged, task), expert)
+            distance = _LOSSES[loss](surgery(merged, task), expert)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            distance.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            losses[task].append(float(loss.detach()))
+            losses[task].append(float(distance.detach()))
     return Fitted(surgery, losses)
+
+
+def _check_options(rank: int, steps: int, lr: float, loss: str) -> None:
+    for name, value in (("rank", rank), ("steps", steps)):
+        if value < 0:
+            raise FusekitError(f"{name}: found {value}, expected 0 or more")
+    if not lr > 0:
+        raise FusekitError(f"lr: found {lr}, expected more than 0")
+    if loss not in _LOSSES:
+        raise FusekitError(f"loss: found {loss!r}, expected {' or '.join(map(repr, _LOSSES))}")
 
 
 def _is_empty(task: str, batches: Sequence[Any]) -> bool:
@@ -171,6 +191,7 @@ def fit_deep_surgery(
     rank: int = 16,
     steps: int = 500,
     lr: float = 1e-3,
+    loss: Loss = "l1",
 ) -> DeepFitted:
     """Train a module behind every block on `sum_l mean |z_hat_l - z_l,expert|` with Adam.
 
@@ -185,6 +206,7 @@ def fit_deep_surgery(
         rank: of each task's modules.
         steps: of their training.
         lr: of their training.
+        loss: of every block, as of `fit_surgery`.
 
     Raises:
         FusekitError: no such list of blocks, or an expert is missing. A task without any batch is
@@ -194,6 +216,7 @@ def fit_deep_surgery(
         "SurgeryV2: Bridging the Gap Between Model Merging and Multi-Task Learning with Deep
         Representation Surgery", arXiv 2410.14389.
     """
+    _check_options(rank, steps, lr, loss)
     collected = {task: list(own) for task, own in batches.items()}
     for task in collected:
         if task not in experts:
@@ -218,14 +241,14 @@ def fit_deep_surgery(
                     expected = _outputs(experts[task], blocks, batch)
                 found = _outputs(merged, blocks, batch, surgery.corrections(task))
                 distances = [
-                    nn.functional.l1_loss(ours, theirs)
+                    _LOSSES[loss](ours, theirs)
                     for ours, theirs in zip(found, expected, strict=True)
                 ]
-                loss = torch.stack(distances).sum()
+                total = torch.stack(distances).sum()
                 optimizer.zero_grad()
-                loss.backward(inputs=learned)  # type: ignore[no-untyped-call]
+                total.backward(inputs=learned)  # type: ignore[no-untyped-call]
                 optimizer.step()
-                losses[task].append(float(loss.detach()))
+                losses[task].append(float(total.detach()))
     return DeepFitted(surgery, losses)
 
 
@@ -280,6 +303,12 @@ def _checked_width(batches: Mapping[str, Sequence[Batch]]) -> int:
     width: int | None = None
     for task, pairs in batches.items():
         for merged, expert in pairs:
+            if merged.shape[:-1] != expert.shape[:-1]:
+                raise FusekitError(
+                    f"task {task!r}: features of the merged model have shape "
+                    f"{list(merged.shape)}, of the expert {list(expert.shape)}: expected those of "
+                    "the same inputs"
+                )
             for whose, features in (("merged model", merged), ("expert", expert)):
                 width = features.shape[-1] if width is None else width
                 if features.shape[-1] != width:

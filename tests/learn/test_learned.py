@@ -118,3 +118,33 @@ def test_surgery_refuses_what_it_cannot_correct() -> None:
     with pytest.warns(UserWarning, match="'cats' has no batches"):
         fitted = fit_surgery({"dogs": [(z, z)], "cats": []}, steps=1)
     assert fitted.losses["cats"] == []
+    with pytest.raises(FusekitError, match=r"shape \[2, 4\], of the expert \[3, 4\]"):
+        fit_surgery({"dogs": [(z, torch.zeros(3, 4))]})
+    for name, value in {"rank": -1, "steps": -1, "lr": 0.0, "loss": "l2"}.items():
+        with pytest.raises(FusekitError, match=f"{name}: found '?{value}'?, expected"):
+            fit_surgery({"dogs": [(z, z)]}, **{name: value})
+
+
+def test_surgery_of_rank_zero_stays_the_identity() -> None:
+    z = torch.randn(4, 5)
+    fitted = fit_surgery({"a": [(z, z + 1)]}, rank=0, steps=2)
+    assert torch.equal(fitted.surgery(z, "a"), z)
+    assert fitted.losses["a"] == [1.0, 1.0]
+
+
+def test_surgery_may_learn_by_squares() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(32, 3)
+    fitted = fit_surgery({"a": [(z, z + 0.5)]}, steps=1, loss="mse")
+    assert fitted.losses["a"] == pytest.approx([0.25])
+
+
+def test_tasks_learn_apart() -> None:
+    torch.manual_seed(0)
+    z = torch.randn(16, 5)
+    surgery = Surgery(["a", "b"], 5, 2)
+    before = surgery.down[1].detach().clone()
+    fit_surgery({"a": [(z, z.roll(1, 1))]}, steps=5, lr=0.1, surgery=surgery)
+    assert not torch.equal(surgery(z, "a"), z)
+    assert torch.equal(surgery(z, "b"), z)
+    assert torch.equal(surgery.down[1], before)
