@@ -26,9 +26,10 @@ def test_every_module_loads_by_its_name_on_first_use() -> None:
 
 
 def run(environment: dict[str, str]) -> str:
+    own = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
     done = subprocess.run(
         [sys.executable, "-c", RUN],
-        env={**os.environ, **environment},
+        env={**own, **environment},
         capture_output=True,
         text=True,
         check=True,
