@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any
 
+from fusekit import kernels
 from fusekit.methods import matrix
 from fusekit.methods.base import Combine, Copy, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
@@ -65,21 +66,45 @@ def _flattened(tensor: Tensor, merged: Isotropic) -> Generator[Remark, None, tor
 def _knots(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, torch.Tensor]:
     yield from ()
     update: torch.Tensor = matrix.knots.merge(
-        deltas, tensor["rule"], tensor["density"], tensor.thresholds
+        deltas,
+        tensor["rule"],
+        tensor["density"],
+        tensor.thresholds,
+        basis=tensor["basis"],
+        drop=_dare(tensor),
     )
     return update
 
 
 def _knots_coordinates(tensor: Tensor, deltas: list[torch.Tensor]) -> list[torch.Tensor]:
-    found: list[torch.Tensor] = matrix.knots.align(deltas).coordinates
+    aligned = matrix.knots.align(deltas, tensor["basis"], _dare(tensor))
+    found: list[torch.Tensor] = aligned.coordinates
     return found
+
+
+def _dare(tensor: Tensor) -> Callable[[int, torch.Tensor], torch.Tensor] | None:
+    """The random drop of a task's coordinates, decided by the seed, task, tensor and position."""
+    density = tensor["dare_density"]
+    if density == 1.0:
+        return None
+
+    def drop(task: int, coordinates: torch.Tensor) -> torch.Tensor:
+        import numpy as np
+        import torch
+
+        kept = np.full(coordinates.numel(), 1.0 / density, np.float64)
+        kernels.random.drop(kept, density, np.uint64(tensor.keys[task]), 0)
+        survivors = torch.from_numpy(kept).to(coordinates).reshape(coordinates.shape)
+        return coordinates * survivors
+
+    return drop
 
 
 _RANK = Parameter(
     "rank",
     "choice",
-    "full: every direction gets the common strength, as published; numerical: only those above "
-    "rounding noise; auto: numerical where at most half of them are, as with LoRAs, else full.",
+    "With full every direction gets the common strength, as published; with numerical only those "
+    "above rounding noise; auto is numerical where at most half of them are, as with LoRAs.",
     default="auto",
     choices=("auto", "full", "numerical"),
 )
@@ -191,9 +216,25 @@ METHODS = (
             Parameter(
                 "rule",
                 "choice",
-                "ties: elect signs and average what agrees; sum: add up (task arithmetic).",
+                "ties elects signs and averages what agrees, ties_sum adds it up; sum adds all up "
+                "(task arithmetic), mean averages what is kept.",
                 default="ties",
-                choices=("ties", "sum"),
+                choices=("ties", "ties_sum", "sum", "mean"),
+            ),
+            Parameter(
+                "basis",
+                "choice",
+                "The side whose common basis is taken.",
+                default="output",
+                choices=("output", "input"),
+            ),
+            Parameter(
+                "dare_density",
+                "float",
+                "Share of the coordinates that survives a random drop first, rescaled (DARE).",
+                default=1.0,
+                above=0.0,
+                maximum=1.0,
             ),
             Parameter(
                 "density",

@@ -471,3 +471,26 @@ def test_knots_keeps_the_published_number_of_coordinates() -> None:
     aligned = knots.align([delta])
     found = aligned.U.T @ knots.merge([delta], "ties", 0.2)
     assert int((found.abs() > 1e-5).sum()) == int(100 * 0.2) + 1
+
+
+@pytest.mark.parametrize("rule", ["ties", "ties_sum", "sum", "mean"])
+@pytest.mark.parametrize("basis", ["output", "input"])
+def test_knots_merges_coordinates_by_its_rule(rule: str, basis: str) -> None:
+    deltas = [delta.double() for delta in draw(54, (6, 8))]
+    oriented = [delta.T for delta in deltas] if basis == "input" else deltas
+    U, S, Vh = torch.linalg.svd(torch.cat(oriented, dim=1), full_matrices=False)
+    rows = torch.stack((S[:, None] * Vh).split(oriented[0].shape[1], dim=1))
+    limits = [row.abs().flatten().sort().values[row.numel() - row.numel() // 2 - 1] for row in rows]
+    kept = torch.stack(
+        [row * (row.abs() >= limit * (1 - 1e-9)) for row, limit in zip(rows, limits, strict=True)]
+    )
+    if rule.startswith("ties"):
+        sign = kept.sum(0).sign()
+        sign[sign == 0] = sign.sum().sign()
+        kept = kept * (kept.sign() == sign)
+    merged = kept.sum(0)
+    if rule in {"ties", "mean"}:
+        merged = merged / (kept != 0).sum(0).clamp(min=1)
+    expected = U @ merged
+    found = knots.merge(deltas, rule, 0.5, basis=basis)
+    assert_near(found, expected.T if basis == "input" else expected, 1e-6)

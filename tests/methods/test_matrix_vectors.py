@@ -148,6 +148,35 @@ def test_knots_thresholds_are_those_of_the_granularity(granularity: str) -> None
             np.testing.assert_allclose(merged[name], expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("granularity", ["tensor", "model"])
+def test_knots_drops_coordinates_at_random(granularity: str) -> None:
+    rng = np.random.default_rng(5)
+    base = {name: np.zeros((40, 60), "f4") for name in ("a.weight", "b.weight")}
+    drawn = [{name: rng.normal(size=(40, 60)).astype("f4") for name in base} for _ in range(2)]
+
+    def merged(**options: Any) -> dict[str, np.ndarray]:
+        seed = options.pop("seed", 0)
+        done: dict[str, np.ndarray] = merge_state_dicts(
+            drawn, base=base, method="knots", parameters=options, granularity=granularity, seed=seed
+        )
+        return done
+
+    options = {"rule": "sum", "dare_density": 0.25}
+    first, again, other = merged(**options), merged(**options), merged(**options, seed=1)
+    for name in base:
+        np.testing.assert_array_equal(first[name], again[name])
+        assert not np.allclose(first[name], other[name])
+        U, rows = coordinates([model[name] for model in drawn])
+        multipliers = (U.T @ first[name]).ravel()
+        both, left, right = (sum(rows).ravel() * 4, rows[0].ravel() * 4, rows[1].ravel() * 4)
+        near = [np.isclose(multipliers, x, atol=1e-3) for x in (both, left, right, 0 * left)]
+        assert np.any(near, axis=0).all()
+        shares = [each.mean() for each in near]
+        np.testing.assert_allclose(shares, [1 / 16, 3 / 16, 3 / 16, 9 / 16], atol=0.04)
+    pruned = merged(**options, density=0.1)
+    assert np.linalg.norm(pruned["a.weight"]) < np.linalg.norm(first["a.weight"])
+
+
 def test_knots_refuses_densities_that_differ_where_thresholds_are_shared() -> None:
     base, *rest = models()
     base, *rest = [{**m, "b.weight": m["a.weight"]} for m in (base, *rest)]

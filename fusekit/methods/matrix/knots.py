@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,18 +14,22 @@ SINGULAR_CUTOFF = 1e-5
 """Components of the joint decomposition with singular values at or below this are dropped."""
 
 
-Rule = Literal["ties", "sum"]
+Rule = Literal["ties", "ties_sum", "sum", "mean"]
+Basis = Literal["output", "input"]
+
+Drop = Callable[[int, Tensor], Tensor]
+"""(task, coordinates) -> the coordinates that survive, rescaled."""
 
 
 class Aligned(NamedTuple):
-    """`delta_i = U @ coordinates[i]` for all tasks i."""
+    """`delta_i = U @ coordinates[i]` for all tasks i, transposed for the basis of inputs."""
 
     U: Tensor
     S: Tensor
     coordinates: list[Tensor]
 
 
-def align(deltas: Sequence[Tensor]) -> Aligned:
+def align(deltas: Sequence[Tensor], basis: Basis = "output", drop: Drop | None = None) -> Aligned:
     """The SVD `[delta_1 | ... | delta_T] = U diag(S) V^T`, as U, S and `diag(S) V_i^T`.
 
     The coordinates are `U^T delta_i`: U and S are the eigenvectors and the square roots of the
@@ -33,6 +37,8 @@ def align(deltas: Sequence[Tensor]) -> Aligned:
 
     Args:
         deltas: T task vectors (m, n).
+        basis: the side whose common basis is taken; `input` works on the transposed task vectors.
+        drop: what every task's coordinates go through first, such as DARE's random drop.
 
     Returns:
         U (m, R) in float32, S (R,) descending, and T coordinates (R, n) in float32.
@@ -40,14 +46,17 @@ def align(deltas: Sequence[Tensor]) -> Aligned:
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    square = gram(deltas[0])
-    for delta in deltas[1:]:
+    oriented = [delta.T for delta in deltas] if basis == "input" else list(deltas)
+    square = gram(oriented[0])
+    for delta in oriented[1:]:
         square += gram(delta)
     values, vectors = eigen(square)
     S = values.flip(0).clamp(min=0).sqrt()
     rank = int((S > SINGULAR_CUTOFF).sum())
     U = vectors.flip(1)[:, :rank]
-    coordinates = [(U.T @ delta.double()).to(delta.dtype) for delta in deltas]
+    coordinates = [(U.T @ delta.double()).to(delta.dtype) for delta in oriented]
+    if drop is not None:
+        coordinates = [drop(task, x) for task, x in enumerate(coordinates)]
     return Aligned(U.to(deltas[0].dtype), S[:rank], coordinates)
 
 
@@ -56,13 +65,17 @@ def merge(
     rule: Rule = "ties",
     density: float = 1.0,
     thresholds: Sequence[float] = (),
+    *,
+    basis: Basis = "output",
+    drop: Drop | None = None,
 ) -> Tensor:
     """Task vectors merged by entries of their aligned coordinates: `U M`.
 
-    `ties` keeps, of every task, the entries of at least its (d - int(d density))-th smallest
-    magnitude (all at density 1), elects a sign per entry by their sum (where that is zero, the sign
-    that most entries have), and averages the kept entries of that sign; `sum` adds the kept
-    entries, which at density 1 is the plain sum of the task vectors.
+    Of every task, the entries of at least its (d - int(d density))-th smallest magnitude are kept
+    (all at density 1). `ties` elects a sign per entry by their sum (where that is zero, the sign
+    that most entries have), and averages the kept entries of that sign; `ties_sum` adds them up.
+    `sum` adds all kept entries, which at density 1 is the plain sum of the task vectors, and `mean`
+    divides that by how many of them are not zero.
 
     Args:
         deltas: T task vectors (m, n).
@@ -70,23 +83,27 @@ def merge(
         density: share of the entries that is kept, in (0, 1].
         thresholds: per task, the smallest magnitude that is kept, found over more than this matrix;
             replaces density.
+        basis, drop: as of `align`.
 
     References:
         "Model merging with SVD to tie the Knots", arXiv 2410.19735.
     """
-    aligned = align(deltas)
+    aligned = align(deltas, basis, drop)
     if not len(aligned.S):
         return torch.zeros_like(deltas[0])
     limits = thresholds or [_threshold(x, density) for x in aligned.coordinates]
     kept = torch.stack(
         [_trimmed(x, limit) for x, limit in zip(aligned.coordinates, limits, strict=True)]
     )
-    if rule == "sum":
-        return aligned.U @ kept.sum(0)
-    elected = kept.sum(0).sign()
-    elected = torch.where(elected == 0, elected.sum().sign(), elected)
-    agreeing = torch.where(kept.sign() == elected, kept, torch.zeros_like(kept))
-    return aligned.U @ (agreeing.sum(0) / (agreeing != 0).sum(0).clamp(min=1))
+    if rule in {"ties", "ties_sum"}:
+        elected = kept.sum(0).sign()
+        elected = torch.where(elected == 0, elected.sum().sign(), elected)
+        kept = torch.where(kept.sign() == elected, kept, torch.zeros_like(kept))
+    merged = kept.sum(0)
+    if rule in {"ties", "mean"}:
+        merged = merged / (kept != 0).sum(0).clamp(min=1)
+    update = aligned.U @ merged
+    return update.T if basis == "input" else update
 
 
 def dropped(count: int, density: float) -> int:
