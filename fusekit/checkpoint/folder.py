@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
-from fusekit.checkpoint.layout import SIDE_FILE
+from fusekit.checkpoint.layout import JOURNAL, MANIFEST, SIDE_FILE
 from fusekit.checkpoint.npz import NpzFile
 from fusekit.checkpoint.pickles import (
     PICKLE_INDEX_SUFFIX,
@@ -92,7 +92,7 @@ class Checkpoint:
             if path.is_file()
             and path.suffix in COMPANION_SUFFIXES
             and not path.name.endswith(".index.json")
-            and path.name != "manifest.json"
+            and path.name != MANIFEST
         )
 
     def parts(self) -> dict[str, str]:
@@ -267,6 +267,11 @@ def _refuse_links_out(folder: Path) -> None:
 
 
 def _open_folder(folder: Path) -> TensorSource:
+    if folder.name.endswith(".partial") and (folder / JOURNAL).is_file():
+        raise CheckpointError(
+            f"{folder}: an unfinished output, expected a checkpoint; finish it by the command "
+            "that began it"
+        )
     _refuse_links_out(folder)
     if not is_pipeline(folder):
         own = _weights(folder)

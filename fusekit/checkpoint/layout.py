@@ -12,6 +12,12 @@ from fusekit.checkpoint.source import TensorInfo
 from fusekit.errors import FusekitError
 
 DEFAULT_SHARD_BYTES = 5_000_000_000
+MANIFEST = "manifest.json"
+"""What every output has, written last: the sign that a folder is one."""
+
+JOURNAL = "journal.jsonl"
+"""What only an unfinished output has."""
+
 SIDE_FILE = "task_masks.safetensors"
 """What a merge writes besides its model: tensors that no loader of the model should see."""
 

@@ -1,18 +1,19 @@
 """Writing a checkpoint folder so that it is either complete or visibly not there.
 
-Files grow in `<target>.partial` beside the target. When every byte is flushed the folder is renamed
-into place; until then nothing carries the target's name.
+Files grow in `<target>.partial` beside the target, which one process at a time holds. When every
+byte is flushed the folder is renamed into place; until then nothing carries the target's name.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from fusekit.checkpoint.layout import Layout, Shard
+from fusekit.checkpoint.layout import MANIFEST, Layout, Shard
 from fusekit.errors import FusekitError
 
 
@@ -22,11 +23,22 @@ def partial_folder(target: Path) -> Path:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists or cannot be created, before any work."""
+    """Refuse a target that exists or cannot be created, before any work.
+
+    What may be overwritten is what a manifest shows to be an output, and nothing else.
+    """
     if target.exists() and not target.is_dir():
         raise FusekitError(f"{target}: is a file, expected a folder or nothing")
-    if target.exists() and not overwrite and any(target.iterdir()):
-        raise FusekitError(f"{target}: already exists; choose another output or pass --overwrite")
+    if target.exists() and any(target.iterdir()):
+        if not overwrite:
+            raise FusekitError(
+                f"{target}: already exists; choose another output or pass --overwrite"
+            )
+        if not (target / MANIFEST).is_file():
+            raise FusekitError(
+                f"{target}: holds no {MANIFEST}, so it is no output to overwrite; remove it "
+                "yourself or choose another output"
+            )
     existing = existing_parent(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise FusekitError(f"{existing}: not a writable folder, {target} cannot be created")
@@ -37,26 +49,98 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.absolute().parents if parent.exists())
 
 
+class PartialFolder:
+    """Where an unfinished output grows: `<target>.partial`, held by one process at a time.
+
+    Raises:
+        FusekitError: another process holds it, the target exists (or with `overwrite` is no
+            output), or the folder cannot be created.
+    """
+
+    def __init__(self, target: Path, *, overwrite: bool = False) -> None:
+        self.target = target
+        self.path = partial_folder(target)
+        self.overwrite = overwrite
+        with self.explained():
+            self._fd = self._claimed()
+        try:
+            check_target(target, overwrite)  # again: it may have been finished by the last holder
+        except BaseException:
+            self.close()
+            raise
+
+    def _claimed(self) -> int:
+        """The locked folder's descriptor; the system gives the lock back when the process ends."""
+        while True:
+            self.path.mkdir(parents=True, exist_ok=True)
+            fd = os.open(self.path, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(fd)
+                raise FusekitError(
+                    f"{self.path}: another process is writing this output; wait until it is done, "
+                    "or choose another output"
+                ) from None
+            except OSError:  # a file system that has no locks
+                return fd
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(fd), self.path.stat()):
+                    return fd
+            os.close(fd)  # renamed or removed by the last holder
+
+    def clear(self) -> None:
+        """Remove what an earlier run has left."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def close(self) -> None:
+        """Let go of the folder, and remove it if nothing was written."""
+        if self._fd >= 0:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
+            os.close(self._fd)
+            self._fd = -1
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Say of an error of the system where it happened, and what is left.
+
+        Raises:
+            FusekitError: in place of any OSError.
+        """
+        try:
+            yield
+        except OSError as error:
+            raise FusekitError(
+                f"{error.filename or self.path}: cannot be written: {error.strerror}; what is "
+                f"finished stays in {self.path}, run again to continue"
+            ) from None
+
+
 class CheckpointWriter:
     """The shards of an unfinished output, written at known offsets by any thread in any order."""
 
-    def __init__(self, target: Path, layout: Layout, *, keep: bool = False) -> None:
-        """Create (or, with `keep`, reopen) the partial folder with all shards at full length."""
-        self.target = target
-        self.folder = partial_folder(target)
+    def __init__(self, partial: PartialFolder, layout: Layout, *, keep: bool = False) -> None:
+        """Create (or, with `keep`, reopen) all shards at full length; `partial` is taken over."""
+        self._partial = partial
+        self.folder = partial.path
+        self.explained = partial.explained
         self.layout = layout
         self._fds: dict[str, int] = {}
-        with self.explained():
-            if not keep and self.folder.exists():
-                shutil.rmtree(self.folder)
-            self._check_space()
-            self.folder.mkdir(parents=True, exist_ok=True)
-            try:
+        try:
+            with self.explained():
+                if not keep:
+                    partial.clear()
+                self._check_space()
                 for shard in layout.files:
                     self._create(shard)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
         self._place = {
             name: (self._fds[shard.file_name], offset)
             for shard in layout.files
@@ -71,29 +155,13 @@ class CheckpointWriter:
         os.ftruncate(fd, shard.nbytes)
         _write_all(fd, memoryview(shard.header), 0)
 
-    @contextlib.contextmanager
-    def explained(self) -> Iterator[None]:
-        """Say of an error of the system where it happened, and what is left.
-
-        Raises:
-            FusekitError: in place of any OSError.
-        """
-        try:
-            yield
-        except OSError as error:
-            raise FusekitError(
-                f"{error.filename or self.folder}: cannot be written: {error.strerror}; what is "
-                f"finished stays in {self.folder}, run again to continue"
-            ) from None
-
     def _check_space(self) -> None:
-        kept = self.folder.rglob("*") if self.folder.exists() else ()
-        there = sum(file.stat().st_blocks * 512 for file in kept)
-        place = existing_parent(self.folder)
-        free = shutil.disk_usage(place).free
+        there = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*"))
+        free = shutil.disk_usage(self.folder).free
         if free + there < self.layout.nbytes:
             raise FusekitError(
-                f"{place}: {_amount(free)} free, the output needs {_amount(self.layout.nbytes)}"
+                f"{self.folder.parent}: {_amount(free)} free, "
+                f"the output needs {_amount(self.layout.nbytes)}"
             )
 
     def write(self, name: str, offset: int, data: memoryview) -> None:
@@ -134,17 +202,18 @@ class CheckpointWriter:
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the files; the partial folder stays."""
+        """Close the files and let go of the partial folder, which stays."""
         for fd in self._fds.values():
             os.close(fd)
         self._fds = {}
+        self._partial.close()
 
     def publish(self) -> None:
-        """Flush, close and rename the folder into place; a folder it replaces goes last."""
+        """Flush, rename the folder into place and close; an output it replaces goes last."""
         self.flush()
-        self.close()
         with self.explained():
-            publish_folder(self.folder, self.target)
+            publish_folder(self.folder, self._partial.target, replace=self._partial.overwrite)
+        self.close()
 
 
 def _write_all(fd: int, data: memoryview, position: int) -> None:
@@ -157,12 +226,16 @@ def _amount(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def publish_folder(folder: Path, target: Path) -> None:
-    """Rename a folder of flushed files into place; a folder it replaces goes last."""
+def publish_folder(folder: Path, target: Path, *, replace: bool = True) -> None:
+    """Rename a folder of flushed files into place; a folder it replaces goes last.
+
+    Raises:
+        OSError: not `replace`, and there is more than an empty folder at the target.
+    """
     for each in {folder, *(path.parent for path in folder.rglob("*"))}:
         _fsync_folder(each)
     retired = None
-    if target.exists():
+    if target.exists() and replace:
         retired = target.with_name(target.name + ".replaced")
         if retired.exists():
             shutil.rmtree(retired)

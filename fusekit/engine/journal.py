@@ -12,12 +12,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fusekit.checkpoint.layout import JOURNAL as JOURNAL
 from fusekit.checkpoint.writer import CheckpointWriter
 from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import FusekitError
-
-JOURNAL = "journal.jsonl"
 
 
 def subject(plan: Plan) -> dict[str, Any]:

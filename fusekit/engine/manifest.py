@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from fusekit.checkpoint.folder import open_checkpoint
+from fusekit.checkpoint.layout import MANIFEST as MANIFEST
 from fusekit.checkpoint.layout import SIDE_FILE
 from fusekit.checkpoint.ranges import open_ranges
 from fusekit.checkpoint.remote import is_url, read_small, within
@@ -22,7 +23,6 @@ from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import CheckpointError
 
-MANIFEST = "manifest.json"
 FORMAT = "fusekit-manifest/1"
 
 

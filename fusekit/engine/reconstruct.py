@@ -93,7 +93,7 @@ def reconstruct(
         )
         operands = choose_operands(recipe, method)
         plan = plan_checkpoints(recipe, method, operands, [origin, unified], out_shard_size)
-        return run_plan(plan, target, threads=threads, on_progress=on_progress)
+        return run_plan(plan, target, threads=threads, overwrite=overwrite, on_progress=on_progress)
 
 
 def tasks_of(merged: str | Path) -> list[str]:

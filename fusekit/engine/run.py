@@ -20,7 +20,7 @@ from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
 from fusekit.checkpoint.safetensors import SafetensorsFile
-from fusekit.checkpoint.writer import CheckpointWriter, check_target
+from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder, check_target
 from fusekit.engine.companions import as_json, companions
 from fusekit.engine.executor import Execution, NonFinite
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors, inputs
@@ -35,7 +35,7 @@ from fusekit.engine.stages import is_made, stages_folder
 from fusekit.errors import FusekitError, RecipeError
 from fusekit.memory import peak_memory
 from fusekit.methods.base import Granularity
-from fusekit.methods.registry import find
+from fusekit.methods.registry import available, find
 from fusekit.progress import Progress
 from fusekit.recipe.schema import Recipe, load_recipe
 
@@ -168,12 +168,14 @@ def _merge_locally(
         return merge_adapter_recipe(recipe, target, threads=threads, overwrite=overwrite, **chosen)
     check_target(target, overwrite)
 
-    def run(plan: Plan, folder: Path) -> MergeReport:
-        return run_plan(plan, folder, threads=threads, **options)
+    def run(plan: Plan, folder: Path, overwrite: bool = True) -> MergeReport:
+        return run_plan(plan, folder, threads=threads, overwrite=overwrite, **options)
 
     planned = functools.partial(plan_recipe, shard_bytes=out_shard_size, stream=stream)
     stages = _make_stages(recipe, stages_folder(target), planned, run) if recipe.stages else {}
     with contextlib.closing(planned(recipe, stages=stages)) as plan:
+        if overwrite and recipe.merge_method in available():  # no step of continual merging
+            _refuse_inputs_in(target, plan)
         if reuse and is_made(target, plan):
             return MergeReport(
                 out=target,
@@ -186,13 +188,33 @@ def _merge_locally(
                 peak_rss=peak_memory(),
                 warnings=plan.warnings,
             )
-        return run(plan, target)
+        return run(plan, target, overwrite)
 
 
 def _target(out: str | Path | None) -> Path:
     if out is None:
         raise FusekitError("out is missing: the folder to create")
     return Path(out.removeprefix("file://") if isinstance(out, str) else out).resolve()
+
+
+def _refuse_inputs_in(target: Path, plan: Plan) -> None:
+    for _, identity in inputs(plan):
+        for path in _paths(identity):
+            if Path(path).is_relative_to(target):
+                raise FusekitError(
+                    f"{target}: holds {path}, which this merge reads; choose another output"
+                )
+
+
+def _paths(identity: Any) -> Iterator[str]:
+    """Every file in an input's identity, whatever the input is made of."""
+    if isinstance(identity, Mapping):
+        if isinstance(identity.get("path"), str):
+            yield identity["path"]
+        identity = list(identity.values())
+    if isinstance(identity, list):
+        for part in identity:
+            yield from _paths(part)
 
 
 def _refuse_for_adapters(into: str | Path | None, device: str, allow_nonfinite: bool) -> None:
@@ -208,7 +230,7 @@ def _make_stages(
     recipe: Recipe,
     folder: Path,
     planned: Callable[..., Plan],
-    run: Callable[[Plan, Path], MergeReport],
+    run: Callable[..., MergeReport],
 ) -> dict[str, Checkpoint]:
     """The results that a recipe's other documents ask for, by name; those that exist are reused."""
     planned(recipe).close()  # nothing is made before everything is known to work
@@ -250,6 +272,7 @@ def run_plan(
     threads: int | None = None,
     device: str = "cpu",
     resume: bool = True,
+    overwrite: bool = False,
     allow_nonfinite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
     on_compile: Callable[[], None] | None = None,
@@ -257,7 +280,7 @@ def run_plan(
     """Carry out a plan into a new folder; arguments as of `merge`."""
     begun, cpu = time.monotonic(), time.process_time()
     check_device(plan, device)
-    writer, journal = _open_output(plan, target, resume)
+    writer, journal = _open_output(plan, target, resume, overwrite)
     resumed = len(journal.checksums)
     try:
         with _noticing_compilation(on_compile):
@@ -284,11 +307,16 @@ def run_plan(
     )
 
 
-def _open_output(plan: Plan, target: Path, resume: bool) -> tuple[CheckpointWriter, Journal]:
-    from fusekit.checkpoint.writer import partial_folder
-
-    finished = finished_tensors(partial_folder(target), plan) if resume else {}
-    writer = CheckpointWriter(target, plan.layout, keep=bool(finished))
+def _open_output(
+    plan: Plan, target: Path, resume: bool, overwrite: bool
+) -> tuple[CheckpointWriter, Journal]:
+    partial = PartialFolder(target, overwrite=overwrite)
+    try:
+        finished = finished_tensors(partial.path, plan) if resume else {}
+    except BaseException:
+        partial.close()
+        raise
+    writer = CheckpointWriter(partial, plan.layout, keep=bool(finished))
     return writer, Journal(writer, plan, finished)
 
 

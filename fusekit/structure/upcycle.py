@@ -184,7 +184,7 @@ def upcycle(
         mixture = _Mixture(parsed, models)
         routers = mixture.routers(device)
         plan = _plan(parsed, mixture, routers, out_shard_size)
-        report = run_plan(plan, target, threads=threads, resume=resume)
+        report = run_plan(plan, target, threads=threads, resume=resume, overwrite=overwrite)
     return UpcycleReport(report, mixture.layout.name, mixture.warnings(routers))
 
 

@@ -17,7 +17,7 @@ from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.source import TensorInfo, TensorSource
-from fusekit.checkpoint.writer import CheckpointWriter, check_target
+from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder, check_target
 from fusekit.errors import CheckpointError
 from fusekit.tokenizers import matching
 from fusekit.tokenizers.approximate import Array, poorly_trained
@@ -300,7 +300,7 @@ def _write(
 ) -> None:
     """All tensors and files as a new folder that appears when it is complete."""
     layout = lay_out(source.tensors.values(), shard_bytes)
-    writer = CheckpointWriter(target, layout)
+    writer = CheckpointWriter(PartialFolder(target), layout)
     try:
         buffer = memoryview(bytearray(_COPY_BYTES))
         for info in source.tensors.values():

@@ -16,7 +16,7 @@ from fusekit.checkpoint.dtypes import DTYPES
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, Layout, lay_out, parse_size
 from fusekit.checkpoint.safetensors import parse_header
 from fusekit.checkpoint.source import TensorInfo
-from fusekit.checkpoint.writer import CheckpointWriter
+from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder
 from fusekit.errors import FusekitError
 
 
@@ -121,7 +121,7 @@ def test_what_is_written_loads_with_the_safetensors_library(tmp_path: Path) -> N
         TensorInfo(k, next(d for d in DTYPES.values() if d.numpy == v.dtype), v.shape)
         for k, v in arrays.items()
     ]
-    writer = CheckpointWriter(tmp_path / "out", lay_out(tensors, 64))
+    writer = CheckpointWriter(PartialFolder(tmp_path / "out"), lay_out(tensors, 64))
     for name, array in reversed(arrays.items()):
         raw = memoryview(array.reshape(-1).view(np.uint8))
         half = len(raw) // 2

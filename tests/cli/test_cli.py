@@ -66,7 +66,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(recipe: Path) -> None:
 
 def test_an_existing_folder_is_replaced_only_when_told_to(recipe: Path) -> None:
     out = recipe.parent / "out"
-    out.mkdir()
+    fusekit.merge(recipe, out)
     (out / "precious").touch()
     refused = run("merge", recipe, out)
     assert refused.returncode == 2

@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 
 import fusekit
 from fusekit import CheckpointError, FusekitError, RecipeError
+from fusekit.checkpoint.writer import PartialFolder
+from fusekit.engine.run import Progress
 from tests.engine.support import Array, random_models, write_model
 
 SHAPES = {
@@ -250,9 +252,9 @@ def test_an_existing_target_is_refused_and_kept(inputs: Inputs) -> None:
     assert not (inputs.folder / "out.partial").exists()
 
 
-def test_overwriting_replaces_the_whole_folder(inputs: Inputs) -> None:
+def test_overwriting_replaces_the_whole_output(inputs: Inputs) -> None:
     out = inputs.folder / "out"
-    out.mkdir()
+    fusekit.merge({"merge_method": "passthrough", "models": [{"model": f"{out.parent}/a"}]}, out)
     (out / "stale.json").write_text("{}")
     fusekit.merge(inputs.recipe, out, overwrite=True)
     assert not (out / "stale.json").exists()
@@ -260,14 +262,65 @@ def test_overwriting_replaces_the_whole_folder(inputs: Inputs) -> None:
     assert {p.name for p in inputs.folder.iterdir()} == {"base", "a", "b", "recipe.yml", "out"}
 
 
-def test_overwriting_keeps_the_old_folder_when_the_merge_fails(inputs: Inputs) -> None:
+def test_overwriting_keeps_the_old_output_when_the_merge_fails(inputs: Inputs) -> None:
     out = inputs.folder / "out"
-    out.mkdir()
-    (out / "precious").write_text("keep me")
+    fusekit.merge(inputs.recipe, out)
+    before = contents(out)
     bad_value(inputs)
-    with pytest.raises(CheckpointError):
+    with pytest.raises(CheckpointError, match="NaN"):
         fusekit.merge(inputs.recipe, out, overwrite=True)
+    assert contents(out) == before
+
+
+def test_overwriting_spares_what_is_no_output(inputs: Inputs) -> None:
+    before = contents(inputs.folder / "a")
+    with pytest.raises(FusekitError, match=r"a: holds no manifest.json, so it is no output"):
+        fusekit.merge(inputs.recipe, inputs.folder / "a", overwrite=True)
+    with pytest.raises(FusekitError, match=r"holds no manifest.json"):
+        fusekit.merge(inputs.recipe, inputs.folder, overwrite=True)
+    assert contents(inputs.folder / "a") == before
+
+
+def test_an_output_that_is_merged_is_not_overwritten(inputs: Inputs) -> None:
+    out = inputs.folder / "out"
+    fusekit.merge(inputs.recipe, out)
+    before = contents(out)
+    again = {"merge_method": "passthrough", "models": [{"model": str(out)}]}
+    with pytest.raises(FusekitError, match=r"out: holds .*model.safetensors, which this merge"):
+        fusekit.merge(again, out, overwrite=True)
+    assert contents(out) == before
+    assert not (inputs.folder / "out.partial").exists()
+
+
+def test_two_merges_do_not_write_the_same_output(inputs: Inputs) -> None:
+    out = inputs.folder / "out"
+    other = PartialFolder(out)
+    with pytest.raises(FusekitError, match="another process is writing this output"):
+        fusekit.merge(inputs.recipe, out)
+    other.close()
+    fusekit.merge(inputs.recipe, out)
+    assert fusekit.verify(out).ok
+
+
+def test_an_output_that_appears_meanwhile_is_kept(inputs: Inputs) -> None:
+    out = inputs.folder / "out"
+
+    def appears(progress: Progress) -> None:
+        out.mkdir(exist_ok=True)
+        (out / "precious").write_text("keep me")
+
+    with pytest.raises(FusekitError, match="Directory not empty"):
+        fusekit.merge(inputs.recipe, out, on_progress=appears)
     assert (out / "precious").read_text() == "keep me"
+
+
+def test_unfinished_outputs_are_no_models(inputs: Inputs) -> None:
+    bad_value(inputs)
+    with pytest.raises(CheckpointError, match="NaN"):
+        fusekit.merge(inputs.recipe, inputs.folder / "out")
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{inputs.folder}/out.partial"}]}
+    with pytest.raises(CheckpointError, match=r"out\.partial: an unfinished output"):
+        fusekit.plan(recipe)
 
 
 def test_an_empty_target_folder_is_used(inputs: Inputs) -> None:
@@ -289,7 +342,7 @@ def test_too_little_disk_space_is_refused_before_work(inputs: Inputs, monkeypatc
     with pytest.raises(FusekitError, match=r"0\.01 MB free, the output needs 0\.\d\d MB") as caught:
         fusekit.merge(inputs.recipe, inputs.folder / "out")
     assert str(inputs.folder) in str(caught.value)
-    assert not (inputs.folder / "out").exists()
+    assert not list(inputs.folder.glob("out*"))
 
 
 # -- resuming -------------------------------------------------------------------------------------
