@@ -31,7 +31,8 @@ def _tsv(tensor: Tensor, deltas: list[torch.Tensor]) -> Generator[Remark, None, 
     yield from ()
     weights = tensor.each("weight")
     merged: torch.Tensor = matrix.tsv.merge(
-        [d * w if w != 1.0 else d for d, w in zip(deltas, weights, strict=True)]
+        [d * w if w != 1.0 else d for d, w in zip(deltas, weights, strict=True)],
+        tensor["rank_fraction"],
     )
     return merged
 
@@ -155,6 +156,15 @@ METHODS = (
                 per_model=True,
             ),
             scale(),
+            Parameter(
+                "rank_fraction",
+                "float",
+                "Share of a matrix's directions that every task keeps; left out, 1 / number of "
+                "models.",
+                default=None,
+                above=0.0,
+                maximum=1.0,
+            ),
             *exclude("text_projection"),
         ),
         use_when="Many fine-tuned models of one wide base, without data.",

@@ -33,8 +33,9 @@ def polar(columns: Matrix) -> Matrix:
     return P[:, keep] @ Qh[keep]
 
 
-def tsv(deltas: list[Matrix]) -> Matrix:
-    kept = max(1, min(deltas[0].shape) // len(deltas))
+def tsv(deltas: list[Matrix], fraction: float | None = None) -> Matrix:
+    smaller = min(deltas[0].shape)
+    kept = max(1, smaller // len(deltas) if fraction is None else int(smaller * fraction))
     parts = [triples(delta, kept) for delta in deltas]
     U, S, V = (np.concatenate([part[i] for part in parts], axis=-1) for i in range(3))
     return polar(U) @ np.diag(S) @ polar(V).T
@@ -131,6 +132,8 @@ def optmerge(deltas: list[Matrix], variant: str, steps: int, lr: float) -> Matri
 
 METHODS: dict[str, tuple[str, dict[str, Any], Callable[[list[Matrix]], Matrix]]] = {
     "tsv": ("tsv", {}, tsv),
+    "tsv_few": ("tsv", {"rank_fraction": 0.2}, lambda d: tsv(d, 0.2)),
+    "tsv_all": ("tsv", {"rank_fraction": 1.0}, lambda d: tsv(d, 1.0)),
     "iso_c": ("iso_c", {}, iso_c),
     "iso_c_numerical": ("iso_c", {"rank": "numerical"}, iso_c_numerical),
     "iso_cts": ("iso_cts", {"common_space_fraction": 0.5}, lambda d: iso_cts(d, 0.5)),

@@ -15,18 +15,22 @@ from fusekit.methods.matrix.linalg import (
 )
 
 
-def kept_directions(shape: Sequence[int], models: int) -> int:
-    """Directions every task keeps in a matrix: min(m, n) // T, at least one."""
+def kept_directions(shape: Sequence[int], models: int, fraction: float | None = None) -> int:
+    """Directions every task keeps in a matrix: min(m, n) // T, or that share; at least one."""
+    if fraction is not None:
+        return max(1, int(min(shape) * fraction))
     return max(1, min(shape) // models)
 
 
-def merge(deltas: Sequence[Tensor]) -> Tensor:
+def merge(deltas: Sequence[Tensor], fraction: float | None = None) -> Tensor:
     """The merged update `polar([U_1 .. U_T]) diag(s_1 .. s_T) polar([V_1 .. V_T])^T`.
 
     `U_i diag(s_i) V_i^T` are the leading min(m, n) // T singular triples of task vector i.
 
     Args:
         deltas: T task vectors (m, n).
+        fraction: share of the directions that every task keeps, in (0, 1]; by default 1 / T. Above
+            that there are more directions than room for them, and they share it.
 
     Returns:
         (m, n); zero where all task vectors are.
@@ -34,9 +38,9 @@ def merge(deltas: Sequence[Tensor]) -> Tensor:
     References:
         "Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081.
     """
-    if len(deltas) == 1:
+    if len(deltas) == 1 and fraction is None:
         return deltas[0].clone()
-    stacked = _stack(_cut(deltas))
+    stacked = _stack(_cut(deltas, fraction))
     return orthogonalized_product(*stacked).to(deltas[0].dtype)
 
 
@@ -73,8 +77,8 @@ def interference(deltas: Sequence[Tensor]) -> float:
     return float(score.abs().sum())
 
 
-def _cut(deltas: Sequence[Tensor]) -> list[Triples]:
-    count = kept_directions(deltas[0].shape, len(deltas))
+def _cut(deltas: Sequence[Tensor], fraction: float | None = None) -> list[Triples]:
+    count = kept_directions(deltas[0].shape, len(deltas), fraction)
     return [triples(delta, count) for delta in deltas]
 
 
