@@ -60,6 +60,7 @@ class ExtractOptions:
         oversample, iterations, seed: of the randomized decomposition.
         distribute: share the singular values between both factors; else all of them go on A.
         include, exclude: regular expressions searched in module names; exclude wins.
+        save: regular expressions of modules that are stored whole where they differ.
         embeddings: input embeddings and output heads: `save` whole, as `lora`, or `skip`.
         biases: the difference as `lora` biases, the whole vector (`save`), or `skip`.
         others: norms and other tensors that do not decompose: `save` whole or `skip`.
@@ -77,6 +78,7 @@ class ExtractOptions:
     distribute: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    save: tuple[str, ...] = ()
     embeddings: Literal["save", "lora", "skip"] = "save"
     biases: Literal["lora", "save", "skip"] = "lora"
     others: Literal["save", "skip"] = "save"
@@ -238,7 +240,7 @@ def _check_options(options: ExtractOptions) -> None:
         raise FusekitError(f"energy is {options.energy}, expected more than 0, at most 1")
     if options.energy is not None and options.parameter_budget is not None:
         raise FusekitError("energy and parameter_budget exclude each other")
-    for pattern in (*options.include, *options.exclude):
+    for pattern in (*options.include, *options.exclude, *options.save):
         try:
             re.compile(pattern)
         except re.error as error:
@@ -422,7 +424,7 @@ def _role(name: str, shape: tuple[int, ...], options: ExtractOptions) -> Role:
     module, _, leaf = name.rpartition(".")
     if not _selected(module, options):
         return "excluded"
-    if leaf != "weight":
+    if leaf != "weight" or _found_in(module, options.save):
         return "other"
     if _EMBEDDING.search(name):
         return "embedding" if options.embeddings == "lora" and len(shape) == 2 else "other"
@@ -436,9 +438,13 @@ def _role(name: str, shape: tuple[int, ...], options: ExtractOptions) -> Role:
 
 
 def _selected(module: str, options: ExtractOptions) -> bool:
-    if any(re.search(pattern, module) for pattern in options.exclude):
+    if _found_in(module, options.exclude):
         return False
-    return not options.include or any(re.search(pattern, module) for pattern in options.include)
+    return not options.include or _found_in(module, options.include)
+
+
+def _found_in(module: str, patterns: tuple[str, ...]) -> bool:
+    return any(re.search(pattern, module) for pattern in patterns)
 
 
 def as_matrix(delta: Array, role: Role) -> Array:
@@ -539,6 +545,8 @@ def _placed(
         policy = options.embeddings if vocabulary else options.others
         if leaf == "bias":
             policy = options.biases if owned or options.biases == "skip" else policy
+        if _found_in(module, options.save):
+            policy = "save"
         # A resized vocabulary has no difference to decompose.
         resized = vocabulary and names[name].shape != differences.base.tensors[name].shape
         if owned and policy == "lora":

@@ -241,6 +241,12 @@ def extract(
         list[str] | None,
         typer.Option(help="Regular expression of modules to leave; repeat.", show_default=False),
     ] = None,
+    save: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Regular expression of modules to store whole; repeat.", show_default=False
+        ),
+    ] = None,
     embeddings: Annotated[
         Embeddings, typer.Option(help="Embeddings and output heads.")
     ] = Embeddings.save,
@@ -274,6 +280,7 @@ def extract(
         distribute=distribute,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
+        save=tuple(save or ()),
         embeddings=embeddings.value,
         biases=biases.value,
         others=others.value,

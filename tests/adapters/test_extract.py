@@ -256,6 +256,21 @@ def test_filters_leave_modules_at_the_base(tmp_path):
     assert "model.conv.weight" in report.lost
 
 
+def test_modules_can_be_stored_whole(tmp_path):
+    base, tuned = models()
+    options = {"save": (r"layers\.0\.up",), "others": "skip", "embeddings": "skip"}
+    report = extract(base, tuned, tmp_path / "a", **options)
+    assert "model.layers.0.up_proj.weight" not in {m.name for m in report.modules}
+    assert {name.rpartition(".")[0] for name in report.saved} == {"model.layers.0.up_proj"}
+    adapter = load_adapter(tmp_path / "a")
+    name = "model.layers.0.up_proj.weight"
+    np.testing.assert_array_equal(adapter.apply(name, base[name]), tuned[name])
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["model.layers.0.up_proj"]
+    with pytest.raises(FusekitError, match=r"'\(' is not a regular expression"):
+        extract(base, tuned, tmp_path / "b", save=("(",))
+
+
 def test_half_precision_models_give_half_precision_adapters(tmp_path):
     base, tuned = models(dtype=ml_dtypes.bfloat16)
     extract(base, tuned, tmp_path / "a", rank=4)
