@@ -72,7 +72,10 @@ def read_documents(path: Path) -> list[dict[str, Any]]:
     except (yaml.YAMLError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f", line {where.line + 1}" if where else ""
-        reason = getattr(error, "problem", None) or "nested too deeply"
+        if isinstance(error, RecursionError):
+            reason = "nested too deeply"
+        else:  # unlike all others, errors of characters call their problem a reason
+            reason = getattr(error, "problem", None) or getattr(error, "reason", "unreadable")
         raise RecipeError(f"{path}{line}: not valid YAML: {reason}") from None
     written = [document for document in documents if document is not None] or [None]
     for document in written:

@@ -138,7 +138,8 @@ def _read_value(raw: Any, parameter: Parameter, place: str) -> Any:
 
 
 def _check(raw: Any, parameter: Parameter, place: str) -> Any:
-    if parameter.kind == "bool" and type(raw) in {int, float} and raw in {0, 1}:
+    switch = parameter.kind == "bool" or True in parameter.aliases
+    if switch and type(raw) in {int, float} and raw in {0, 1}:
         raw = bool(raw)
     try:
         return parameter.check(raw)

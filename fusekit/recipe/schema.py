@@ -35,6 +35,7 @@ _EXPECTED = {
     "model_type": "a mapping with a model and its parameters",
     "tuple_type": "[start, end)",
     "string_type": "a text",
+    "string_pattern_mismatch": "letters, digits, '-', '_' and '.', a letter or digit first",
     "too_short": "at least one",
 }
 """Pydantic's kinds of problems in our own words, where its words are about Python."""
@@ -49,7 +50,14 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-Reference = Annotated[str, BeforeValidator(lambda value: reference_text(value, "model"))]
+def _reference(value: Any) -> Any:
+    text = reference_text(value, "model")
+    if isinstance(text, str) and not text.strip():
+        raise ValueError("a path or the id of a model on the hub")
+    return text
+
+
+Reference = Annotated[str, BeforeValidator(_reference)]
 """A model reference; the long form becomes the text form."""
 
 
@@ -238,10 +246,21 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
     if isinstance(source, Recipe):
         return source
     if isinstance(source, Mapping):
-        return _validated(dict(source), "recipe", None)
+        return _validated(_plain(source), "recipe", None)
     path = Path(source)
     folder = path.absolute().parent
     return _joined([_validated(each, str(path), folder) for each in read_documents(path)], path)
+
+
+def _plain(value: Any) -> Any:
+    """Paths, tuples, NumPy scalars and arrays as what they would be in a file."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _joined(recipes: list[Recipe], path: Path) -> Recipe:
@@ -334,10 +353,17 @@ def _first_problem(error: ValidationError) -> str:
     if not place:
         return message
     expected = _EXPECTED.get(problem["type"], message)
-    if problem["type"] == "model_type" and "layer_scaling" in problem["loc"]:
-        expected = "a mapping" + (" with alpha and beta" if len(problem["loc"]) == 1 else "")
+    if problem["type"] == "model_type" and problem["loc"][0] in _MAPPINGS:
+        expected = _MAPPINGS[problem["loc"][0]] if len(problem["loc"]) < 3 else "a mapping"
     return f"{place}: found {problem['input']!r}, expected {expected}"
 
+
+_MAPPINGS: dict[int | str, str] = {
+    "layer_scaling": "a mapping with alpha and beta",
+    "modules": "a mapping with models or slices",
+    "slices": "a mapping with sources",
+}
+"""What stands at or right below these keys, where it is not a model."""
 
 _NESTED: dict[str, type[BaseModel]] = {
     "models": ModelEntry,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fusekit import Recipe, RecipeError, load_recipe
@@ -99,6 +100,12 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seed a fraction": ({"seed": 1.5}, "seed: found 1.5, expected a valid integer"),
     "seed a text": ({"seed": "5"}, "seed: found '5', expected a valid integer"),
     "seed a boolean": ({"seed": True}, "seed: found True, expected a valid integer"),
+    "model empty": ({"models": [{"model": ""}]}, "models[0].model: found '', expected a path or"),
+    "base blank": ({"base_model": " "}, "base_model: found ' ', expected a path or the id of"),
+    "name a path": (
+        {"name": "a/b"},
+        "name: found 'a/b', expected letters, digits, '-', '_' and '.', a letter or digit first",
+    ),
     "base a list": ({"base_model": ["a"]}, "base_model: found ['a'], expected a text"),
 }
 
@@ -108,6 +115,33 @@ def test_wrong_recipes_are_refused_with_place_found_and_expected(
     change: dict[str, Any], message: str
 ) -> None:
     assert refused({**GOOD, **change}).startswith(f"recipe: {message}")
+
+
+def test_a_module_or_slice_that_is_no_mapping_says_what_stands_there() -> None:
+    module = refused({"merge_method": "linear", "modules": {"mlp": 3}})
+    assert module == "recipe: modules.mlp: found 3, expected a mapping with models or slices"
+    part = refused({"merge_method": "linear", "slices": [3]})
+    assert part == "recipe: slices[0]: found 3, expected a mapping with sources"
+
+
+def test_mappings_may_hold_paths_tuples_and_numpys_numbers() -> None:
+    recipe = load_recipe(
+        {
+            "merge_method": "linear",
+            "models": ({"model": Path("a"), "parameters": {"weight": np.float32(0.5)}},),
+            "parameters": {"t": np.array([0.0, 1.0]), "u": (1, 2)},
+            "seed": np.int64(3),
+        }
+    )
+    assert recipe == load_recipe(
+        {
+            "merge_method": "linear",
+            "models": [{"model": "a", "parameters": {"weight": 0.5}}],
+            "parameters": {"t": [0.0, 1.0], "u": [1, 2]},
+            "seed": 3,
+        }
+    )
+    assert type(recipe.seed) is int
 
 
 @pytest.mark.parametrize("key", ["merge_method", "models"])
@@ -126,7 +160,10 @@ BAD_TEXT = {
     "no boolean": (b"a: !!bool maybe", ", line 1: not valid YAML: 'maybe' is no bool"),
     "no number": (b"a: " + b"9" * 5000, f", line 1: not valid YAML: '{'9' * 40}' is no int"),
     "a tag": (b"a: !!python/object/apply:os.system [ls]", ", line 1: not valid YAML"),
-    "control characters": (b"a: \x00", ": not valid YAML"),
+    "control characters": (
+        b"a: \x00",
+        ": not valid YAML: special characters are not allowed",
+    ),
     "not UTF-8": (b"a: \xff\xfe", ": the recipe cannot be read: not UTF-8 text"),
     "nested": (b"[" * 20_000, ": not valid YAML: nested too deeply"),
     "unhashable key": (b"{[1]: 2}", ", line 1: not valid YAML"),
