@@ -253,14 +253,18 @@ def explicit_mask(tensor: Tensor, model: int) -> Array | None:
 
 
 @dataclass(frozen=True, eq=False)
-class OfModel(RowPruning):
-    """Apply a pruning to the model's own weights instead of its task vector."""
-
-    inner: RowPruning
+class AddBase(RowPruning):
+    """Go from the task vector to the model's own weights: what follows prunes those."""
 
     def thin(self, row: Array, block: Block) -> None:
         row += block.base
-        self.inner.thin(row, block)
+
+
+@dataclass(frozen=True, eq=False)
+class SubtractBase(RowPruning):
+    """Go back to the task vector."""
+
+    def thin(self, row: Array, block: Block) -> None:
         row -= block.base
 
 
@@ -717,14 +721,15 @@ def trim_threshold(
 
 
 def drop_smallest(
-    tensor: Tensor, densities: Sequence[float]
+    tensor: Tensor, densities: Sequence[float], first: Prunings
 ) -> Generator[Summary, Any, tuple[RowPruning, ...]]:
     """Drop entries not above the int((1 - density) * D)-th smallest magnitude of the tensor."""
-    dropped = [int(tensor.size * (1.0 - density)) for density in densities]
+    # 1 - 0.9 is a little less than 0.1.
+    dropped = [int(tensor.size * (1.0 - density) + 1e-6) for density in densities]
     if not any(dropped):
         return ()
     largest: Sequence[tuple[OrderValue, ...]] = yield Magnitudes(
-        (), tuple((tensor.size - k + 1,) if k else () for k in dropped), scope="tensor"
+        first, tuple((tensor.size - k + 1,) if k else () for k in dropped), scope="tensor"
     )
     return tuple(KeepAbove(i, values[0].value) for i, values in enumerate(largest) if values)
 
@@ -754,16 +759,22 @@ def keep_most_varying(tensor: Tensor, share: float) -> Generator[Summary, Any, P
     return (KeepVarying(cut),)
 
 
-def match_l1(tensor: Tensor, prunings: Prunings) -> Generator[Summary, Any, Prunings]:
-    """Scale every pruned task vector so that it keeps the tensor's sum of magnitudes."""
-    if not prunings:
+def match_l1(tensor: Tensor, first: Prunings, drops: Prunings) -> Generator[Summary, Any, Prunings]:
+    """Scale what the drops leave so that it keeps the tensor's sum of magnitudes.
+
+    `first` are the prunings before them, which the sum comes after.
+    """
+    prunings = (*first, *drops)
+    if not drops:
         return prunings
     whole, kept = yield PrunedSums(prunings)
+    if first:
+        _, whole = yield PrunedSums(first)
     for model in range(tensor.models):
         if whole[model] > 0.0 == kept[model]:
             yield Remark(f"pruning leaves nothing of the task vector of model {model + 1}")
-    at_random = any(isinstance(pruning, RandomDrop) for pruning in prunings)
-    if at_random and max(whole) > LARGE_UPDATE * tensor.size:
+    at_random = any(isinstance(pruning, RandomDrop) for pruning in drops)
+    if at_random and not first and max(whole) > LARGE_UPDATE * tensor.size:
         yield Remark("updates as large as these suffer from random drops even at density 0.9")
     return (*prunings, *l1_scales(whole.tolist(), kept.tolist()))
 

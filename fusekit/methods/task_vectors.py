@@ -26,11 +26,12 @@ from fusekit.methods.base import (
 )
 from fusekit.methods.combines import linear
 from fusekit.methods.pruning import (
-    OfModel,
+    AddBase,
     OnPruned,
     Prunings,
     RowPruning,
     Scale,
+    SubtractBase,
     add_up_pruned,
     drop_random,
     drop_smallest,
@@ -255,13 +256,18 @@ def elect(tensor: Tensor, prunings: Prunings, weights: tuple[float, ...]) -> Mer
     )
 
 
-def rescale(tensor: Tensor, prunings: Prunings, densities: Sequence[float]) -> Pruned:
-    """What pruning took away, given back: by expectation, by l1 norm, or not at all."""
+def rescale(
+    tensor: Tensor, drops: Prunings, densities: Sequence[float], first: Prunings = ()
+) -> Pruned:
+    """What the drops took away, given back: by expectation, by l1 norm, or not at all.
+
+    `first` are the prunings before the drops.
+    """
     if tensor["rescale"] == "l1":
-        return (yield from match_l1(tensor, prunings))
+        return (yield from match_l1(tensor, first, drops))
     if tensor["rescale"] == "inverse":
-        return (*prunings, *inverse_density(densities))
-    return prunings
+        return (*first, *drops, *inverse_density(densities))
+    return (*first, *drops)
 
 
 def _task_arithmetic(tensor: Tensor) -> Merged:
@@ -299,11 +305,12 @@ def _dare_prune(tensor: Tensor) -> Pruned:
     if tensor["only_2d"] and len(tensor.shape) < 2:
         return ()
     drops: tuple[RowPruning, ...] = drop_random(tensor, densities)
+    pruned = [drop.model for drop in drops] if tensor["weight_format"] == "finetuned" else []
+    first = tuple(AddBase(model) for model in pruned)
     if tensor["strategy"] == "magnitude":
-        drops = yield from drop_smallest(tensor, densities)
-    if tensor["weight_format"] == "finetuned":
-        drops = tuple(OfModel(drop.model, drop) for drop in drops)
-    return (yield from rescale(tensor, drops, densities))
+        drops = yield from drop_smallest(tensor, densities, first)
+    prunings = yield from rescale(tensor, drops, densities, first)
+    return (*prunings, *(SubtractBase(model) for model in pruned))
 
 
 def _dare_linear(tensor: Tensor) -> Merged:
