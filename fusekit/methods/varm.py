@@ -96,6 +96,8 @@ def _varm(tensor: Tensor) -> Generator[Summary, Any, Combine]:
         degrees = yield AddUp(tuple(abs(mean) for mean in means.tolist()))
     else:
         degrees = yield Variation(summed, by_tensor)
+        if not by_tensor:
+            degrees = degrees / tensor.group_size
     return linear(_shares([abs(degree) for degree in degrees.tolist()], temperature) or uniform)
 
 

@@ -120,6 +120,17 @@ def test_identical_models_are_returned(models: tuple[list[State], State]) -> Non
         assert_close(merged, model, 1e-12)
 
 
+def test_the_model_is_one_vector_whose_mean_square_is_its_size(
+    models: tuple[list[State], State],
+) -> None:
+    changed, base = models
+    merged = varm(changed, base, "model", temperature=0.05)
+    updates = [np.concatenate([(m[n] - base[n]).ravel() for n in base]) for m in changed]
+    sizes = np.exp([(update**2).mean() / 0.05 for update in updates])
+    share = weight_of_second(merged, changed, "head")
+    assert share == pytest.approx(sizes[1] / sizes.sum())
+
+
 def test_refuses_a_temperature_for_elementwise_weights(
     models: tuple[list[State], State],
 ) -> None:
