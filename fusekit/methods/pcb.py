@@ -156,7 +156,8 @@ def _pcb(tensor: Tensor) -> Generator[Summary, Any, Combine]:
         # A single winner, or a tie for the first place: whoever reaches the maximum weighs 1.
         below = best.value - max(abs(best.value) * 1e-12, 1e-30)
         thresholds.append(threshold.value if spread > 0 else below)
-        factors.append(0.0 if high == 0.0 else 1.0 / (best.value - thresholds[-1]))
+        unchanged = high == 0.0 and spread <= 0
+        factors.append(0.0 if unchanged else 1.0 / (best.value - thresholds[-1]))
     if not any(factors):
         return Copy(-1)
     weights = tuple(tensor["lambda"] * weight for weight in tensor.each("weight"))

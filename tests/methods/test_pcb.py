@@ -150,6 +150,17 @@ def test_an_unchanged_model_takes_no_part() -> None:
         np.testing.assert_array_equal(alone[name], base[name])
 
 
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_updates_so_rare_that_they_are_clipped_to_nothing_still_count(dtype: Any) -> None:
+    rng = np.random.default_rng(4)
+    base = {"w": np.zeros(1000, dtype)}
+    dense = rng.normal(size=1000).astype(dtype)
+    rare = np.where(np.arange(1000) < 5, np.float32(2) * dense, 0).astype(dtype)
+    merged = pcb([{"w": dense}, {"w": rare}], base, ratio=1.0)["w"].astype(np.float64)
+    alone = pcb([{"w": dense}], base, ratio=1.0)["w"].astype(np.float64)
+    assert (np.abs(merged[:5]) < 0.75 * np.abs(alone[:5])).all()
+
+
 def test_one_model_is_copied_with_clipped_sizes() -> None:
     (model,), base = random_models(7, 1)
     merged = pcb([model], base, ratio=1.0, clamp=0.0)
