@@ -267,7 +267,8 @@ def test_the_place_names_the_model() -> None:
 
 
 def test_aliases_are_accepted() -> None:
-    for spelling, meaning in [(True, "l1"), (False, "none"), ("inverse", "inverse")]:
+    spellings = [(True, "l1"), (False, "none"), (1.0, "l1"), (0, "none"), ("inverse", "inverse")]
+    for spelling, meaning in spellings:
         level = read_level({"rescale": spelling}, find("dare_linear"), "parameters")
         assert level["rescale"].value("w", 0.0) == (True, meaning)
 
