@@ -17,11 +17,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import typer
 import yaml
 
+from fusekit.checkpoint.dtypes import DTYPES
 from fusekit.cli import app
 from fusekit.cli.methods import describe_base, describe_count
 from fusekit.evaluate import digits
@@ -262,8 +263,24 @@ def mark(text: str) -> str:
 
 def _coded(found: re.Match[str]) -> str:
     word = found.group()
-    name = word.partition(":")[0]
-    return f"`{word}`" if name in _names() else word
+    name, colon, value = word.partition(": ")
+    if name not in _names() or (colon and value not in _choices()):
+        return f"`{name}`{colon}{value}" if name in _names() and "_" in name else word
+    return f"`{word}`"
+
+
+@functools.cache
+def _choices() -> frozenset[str]:
+    """The words that parameters and keys of the recipe take as values."""
+    choices = {word for m in available().values() for p in m.parameters for word in p.choices}
+    keys = {
+        word
+        for field in Recipe.model_fields.values()
+        if get_origin(field.annotation) is Literal
+        for word in get_args(field.annotation)
+    }
+    dtypes = {dtype.torch_name for dtype in DTYPES.values()}
+    return frozenset({*choices, *keys, *dtypes, "true", "false"})
 
 
 @functools.cache

@@ -49,6 +49,20 @@ def test_a_changed_description_makes_its_page_outdated(
     assert make_docs.outdated() == [tmp_path / "linear.md", tmp_path / "gone.md"]
 
 
+@pytest.mark.parametrize(
+    ("text", "marked"),
+    [
+        ("left at granularity: model", "left at `granularity: model`"),
+        ("see weights_in_election", "see `weights_in_election`"),
+        ("merge: sum adds", "`merge: sum` adds"),
+        ("a scale per task: identical models", "a scale per task: identical models"),
+        ("with mask_rate: nothing", "with `mask_rate`: nothing"),
+    ],
+)
+def test_settings_are_told_from_words_before_a_colon(text: str, marked: str) -> None:
+    assert make_docs.mark(text) == marked
+
+
 @pytest.mark.parametrize("name", sorted(available()))
 def test_a_minimal_recipe_can_be_planned(name: str, tmp_path: Path) -> None:
     recipe = yaml.safe_load(make_docs.minimal_recipe(available()[name]))
