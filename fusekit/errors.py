@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Iterable
+
+_MOST_LISTED = 800
+"""Characters of a list of names in a message: room for every method, not for every tensor."""
 
 
 class FusekitError(Exception):
@@ -38,4 +42,12 @@ def did_you_mean(word: str, choices: Iterable[str]) -> str:
     ]
     if near:
         return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(known)})" if known else ""
+    return f" (known: {_listed(known)})" if known else ""
+
+
+def _listed(words: list[str]) -> str:
+    """Words with commas between them, as many as a sentence can hold."""
+    lengths = itertools.accumulate(len(word) + 2 for word in words)
+    shown = max(1, sum(length <= _MOST_LISTED for length in lengths))
+    more = f" and {len(words) - shown} more" if shown < len(words) else ""
+    return ", ".join(words[:shown]) + more

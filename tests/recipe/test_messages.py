@@ -138,6 +138,15 @@ def test_near_words_are_found_whatever_their_case() -> None:
     )
 
 
+def test_many_known_names_are_cut_short() -> None:
+    names = [f"model.layers.{i:03}.self_attn.q_proj.weight" for i in range(1000)]
+    message = did_you_mean("zzz", names)
+    assert message.startswith(f" (known: {names[0]}, {names[1]}, ")
+    assert message.endswith(" and 981 more)")
+    methods = fusekit.methods.available()
+    assert all(name in did_you_mean("zzzzzzzzz", methods) for name in methods)
+
+
 def test_int8_mask_is_left_alone_in_recipes_of_any_method(folder: Path) -> None:
     models = [{"model": str(folder / "ft1"), "parameters": {"weight": 1.0}}]
     plan = fusekit.plan(
