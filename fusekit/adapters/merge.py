@@ -482,7 +482,8 @@ def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
 
 
 def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
-    if method == "cat":
+    alone = len(pool.adapters) == 1
+    if method == "cat" or (method.startswith("knots") and alone):
         return lambda name, parts, _: stack_factors(_low_rank(name, parts))
     if method == "lora_lego":
         return _lego
@@ -490,7 +491,7 @@ def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
         return _Knots(pool, method, options)
     dense = method.endswith("svd")
     combination = COMBINATIONS.get(method.removesuffix("_svd"), Combination())
-    if len(pool.adapters) == 1:
+    if alone:
         combination = Combination()
         dense = dense and options.convention == "fusekit"
     space = _delta_space if dense else _factor_space

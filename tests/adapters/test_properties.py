@@ -96,9 +96,9 @@ def _needs(method):
 # KnOTS.
 
 
-@pytest.mark.parametrize("method", ["knots_ties", "knots_linear"])
+@pytest.mark.parametrize("method", ["knots_ties", "knots_linear", "knots_dare_ties"])
 @quick
-@given(seed=seeds, weight=st.floats(-2, 2), density=st.just(1.0))
+@given(seed=seeds, weight=st.floats(-2, 2), density=st.floats(0.1, 1.0))
 def test_knots_of_one_adapter_is_that_adapter(method, seed, weight, density):
     adapter = random_adapter(seed, ONE, scaling=0.5)
     merged = merge_adapters([adapter], method, [weight], MergeOptions(density=density))
