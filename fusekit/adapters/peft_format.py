@@ -180,6 +180,11 @@ def _build(
     specs = {}
     for module, keys in grouped.items():
         name, spec = _spec(source, module, keys, config, names.alphas.get(module), label)
+        if config and config.get("use_dora") and "magnitude" not in spec.keys:
+            raise CheckpointError(
+                f"{label}: module {module!r} has no lora_magnitude_vector, although "
+                "adapter_config.json sets use_dora"
+            )
         specs[name] = spec
     return Adapter(
         label=label,

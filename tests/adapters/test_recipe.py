@@ -341,6 +341,8 @@ def test_dora_needs_a_base_and_a_method_before_anything_is_written(folder):
         )
         for name, (rows, _) in SHAPES.items()
     }
+    with pytest.raises(CheckpointError, match=r"module 'm\.q' has no lora_magnitude_vector"):
+        fusekit.merge(recipe_of(folder, "svd"), folder / "out")
     save_file(load_file(path) | magnitudes, path)
     with pytest.raises(CheckpointError, match=r"task1: uses DoRA.*needs the base model"):
         fusekit.merge(recipe_of(folder, "svd"), folder / "out")
