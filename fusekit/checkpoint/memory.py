@@ -51,6 +51,9 @@ def array_bytes(array: Any) -> tuple[DType, tuple[int, ...], memoryview]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(array, torch.Tensor):
         dtype = dtype_named(str(array.dtype))
+        if array.layout is not torch.strided or array.is_meta:
+            kind = "no data (device meta)" if array.is_meta else str(array.layout)
+            raise FusekitError(f"expected a dense tensor, found {kind}")
         flat_tensor = array.detach().cpu().contiguous().reshape(-1)
         raw = flat_tensor.view(torch.uint8).numpy()
         return dtype, tuple(array.shape), raw.data

@@ -160,6 +160,8 @@ def _plain_progress() -> Callable[[Progress], None]:
 
 
 def _print_report(report: MergeReport) -> None:
+    from fusekit.engine.run import value_remarks
+
     ratio = (report.bytes_read + report.bytes_written) / max(report.bytes_written, 1)
     again = f", {report.resumed} of them by an earlier run" if report.resumed else ""
     print(f"{report.out}: {report.tensors} tensors{again}")
@@ -171,16 +173,5 @@ def _print_report(report: MergeReport) -> None:
         f"{report.seconds:.1f} s, {report.cpu_seconds:.1f} s CPU, "
         f"peak memory {size(report.peak_rss)}"
     )
-    for warning in report.warnings:
+    for warning in (*report.warnings, *value_remarks(report.nonfinite, report.overflows)):
         print(f"warning: {warning}", file=sys.stderr)
-    for found in report.nonfinite:
-        print(
-            f"warning: {found.model}: tensor {found.tensor!r} has {found.count} NaN or infinite "
-            "values",
-            file=sys.stderr,
-        )
-    for tensor, count in report.overflows.items():
-        print(
-            f"warning: tensor {tensor!r}: {count} merged values are beyond the range of its dtype",
-            file=sys.stderr,
-        )

@@ -7,7 +7,7 @@ import functools
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -391,6 +391,17 @@ def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     writer.publish()
 
 
+def value_remarks(nonfinite: Iterable[NonFinite], overflows: Mapping[str, int]) -> list[str]:
+    """What to tell of values that were let through, or are beyond the output's type."""
+    return [
+        f"{found.model}: tensor {found.tensor!r} has {found.count} NaN or infinite values"
+        for found in nonfinite
+    ] + [
+        f"tensor {tensor!r}: {count} merged values are beyond the range of its dtype"
+        for tensor, count in overflows.items()
+    ]
+
+
 @contextlib.contextmanager
 def _noticing_compilation(callback: Callable[[], None] | None) -> Iterator[None]:
     """Call back once if a kernel is compiled rather than loaded from the cache."""
@@ -440,7 +451,7 @@ def merge_state_dicts(
     method: str,
     base: Mapping[str, Any] | None = None,
     parameters: Mapping[str, Any] | None = None,
-    model_parameters: Sequence[Mapping[str, Any]] | None = None,
+    model_parameters: Sequence[Mapping[str, Any] | None] | None = None,
     granularity: Granularity = "tensor",
     layer_scaling: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -458,7 +469,7 @@ def merge_state_dicts(
         method: a name from `fusekit.methods.available()`.
         base: the common ancestor (task-vector methods), or the first of the models (SLERP).
         parameters: global parameters: scalars, gradients or filter lists, as in a recipe.
-        model_parameters: one mapping per model.
+        model_parameters: one mapping (or None) per model.
         granularity: over what summaries are taken: `tensor`, `module` (the tensors of one submodule
             of a layer), `layer` or `model`.
         layer_scaling: scale the update by depth, as in a recipe: `{"alpha": 0.3, "beta": 0.7}`.
@@ -470,7 +481,8 @@ def merge_state_dicts(
         allow_nonfinite: let NaN and Inf through instead of refusing them.
 
     Warns:
-        UserWarning: what the method has to say of the models, such as a task that is lost.
+        UserWarning: what the method has to say of the models, such as a task that is lost; values
+            beyond the range of the result's type; NaN and Inf that were let through.
 
     Returns:
         The merged `{name: array}`, arrays of the kind of the inputs.
@@ -485,9 +497,13 @@ def merge_state_dicts(
         >>> fusekit.merge_state_dicts([a, b], method="linear", parameters={"weight": 1.0})
         {'w': array([0.5, 0.5], dtype=float32)}
     """
-    if not models:
-        raise FusekitError("models: found an empty list, expected at least one state dict")
-    each = [{} for _ in models] if model_parameters is None else list(model_parameters)
+    models = _state_dicts(models)
+    if base is not None:
+        _check_mapping("base", base)
+    _check_mapping("parameters", parameters or {})
+    each = [own or {} for own in model_parameters or []] or [{} for _ in models]
+    for i, own in enumerate(each):
+        _check_mapping(f"model_parameters[{i}]", own)
     if len(each) != len(models):
         raise FusekitError(
             f"model_parameters: found {len(each)} mappings, expected one for each of the "
@@ -537,11 +553,30 @@ def merge_state_dicts(
     )
     sink = _MemorySink(plan)
     done = execute(plan, sink, threads=threads, device=device, allow_nonfinite=allow_nonfinite)
-    for remark in done.remarks:
+    for remark in (*done.remarks, *value_remarks(done.nonfinite, done.overflows)):
         warnings.warn(remark, stacklevel=2)
     if any(is_torch(arrays) for arrays in models):
         return {name: to_torch(array) for name, array in sink.arrays.items()}
     return dict(sink.arrays)
+
+
+def _state_dicts(models: Any) -> list[Mapping[str, Any]]:
+    if isinstance(models, Mapping) or not isinstance(models, Iterable):
+        raise FusekitError(f"models: found {type(models).__name__}, expected a list of state dicts")
+    listed = list(models)
+    if not listed:
+        raise FusekitError("models: found an empty list, expected at least one state dict")
+    for i, each in enumerate(listed):
+        _check_mapping(f"models[{i}]", each)
+    return listed
+
+
+def _check_mapping(place: str, found: Any) -> None:
+    if not isinstance(found, Mapping):
+        raise FusekitError(f"{place}: found {type(found).__name__}, expected a mapping by name")
+    for name in found:
+        if not isinstance(name, str):
+            raise FusekitError(f"{place}: found the name {name!r}, expected a text")
 
 
 def _flat_masks(

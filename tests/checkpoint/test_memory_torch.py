@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fusekit import merge_state_dicts
+from fusekit import CheckpointError, merge_state_dicts
 from fusekit.checkpoint.memory import MemorySource, is_torch, to_torch
 
 torch = pytest.importorskip("torch")
@@ -38,6 +38,19 @@ def test_transposed_tensors_and_parameters_are_read_by_value() -> None:
         [{"w": weight.T}, {"w": weight.detach().T}], method="linear", parameters={"weight": 1.0}
     )
     assert torch.equal(merged["w"], weight.detach().T)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "found"),
+    [
+        (torch.eye(3).to_sparse(), "torch.sparse_coo"),
+        (torch.empty(3, 3, device="meta"), "no data (device meta)"),
+    ],
+)
+def test_tensors_without_dense_data_are_refused(tensor: torch.Tensor, found: str) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        MemorySource({"w": tensor}, "model 1")
+    assert str(caught.value) == f"model 1: tensor 'w': expected a dense tensor, found {found}"
 
 
 def test_torch_in_torch_out_numpy_in_numpy_out() -> None:
