@@ -196,6 +196,12 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+def test_compiled_models_are_refused() -> None:
+    compiled = torch.compile(torch.nn.Sequential(torch.nn.Linear(2, 2)))
+    with pytest.raises(FusekitError, match=r"compiled: measure it before torch\.compile"):
+        capture(compiled, [torch.ones(1, 2)])
+
+
 def test_layers_that_are_never_called_have_no_statistic() -> None:
     model = torch.nn.ModuleDict({"used": torch.nn.Linear(2, 2), "idle": torch.nn.Linear(2, 2)})
     model.forward = model["used"].forward  # type: ignore[method-assign]

@@ -116,6 +116,18 @@ def test_models_equal_to_the_base_give_the_base() -> None:
     assert_close(merged, base, 0.0)
 
 
+def test_one_model_comes_back() -> None:
+    rng = np.random.default_rng(6)
+    base, model = (
+        {
+            name: rng.normal(size=shape).astype("f4")
+            for name, shape in {"w.weight": (6, 4), "b": (4,)}.items()
+        }
+        for _ in range(2)
+    )
+    assert_close(merge_state_dicts([model], base=base, method="opcm"), model, 1e-6)
+
+
 def test_what_cannot_be_added_is_refused(tmp_path: Path) -> None:
     case = read_case("opcm", "case0")
     base, *models = folders(case, tmp_path)

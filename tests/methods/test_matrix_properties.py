@@ -280,6 +280,26 @@ def test_a_tensor_nothing_has_touched_takes_the_new_task_vector() -> None:
     assert_near(opcm.add(torch.zeros(8, 6), delta), delta, 0.0)
 
 
+def test_full_protection_leaves_nothing_in_the_occupied_subspace() -> None:
+    left, right, (delta,) = draw(34, (9, 3), 1)[0], draw(35, (7, 3), 1)[0], draw(36, (9, 7), 1)
+    update = left @ right.T
+    assert opcm.occupied_rank(torch.tensor([3.0, 2.0, 1.0]), 1.0) == 3
+    kept = opcm.project(update, delta, alpha=1.0, protect="all").double()
+    U, _, Vh = torch.linalg.svd(update.double(), full_matrices=False)
+    assert float((U[:, :3].T @ kept).abs().max()) < 1e-5
+    assert float((kept @ Vh[:3].T).abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("protect", ["inner", "all"])
+def test_projection_turns_and_scales_with_the_task_vectors(protect: opcm.Protected) -> None:
+    update, delta = (matrix.double() for matrix in draw(37, (8, 6), 2))
+    left, right = rotation(38, 8), rotation(39, 6)
+    kept = opcm.project(update, delta, protect=protect)
+    turned = opcm.project(left @ update @ right, left @ delta @ right, protect=protect)
+    assert_near(turned, left @ kept @ right, 1e-9)
+    assert_near(opcm.project(1e-3 * update, 1e-3 * delta, protect=protect), 1e-3 * kept, 1e-9)
+
+
 # -- WUDI and OptMerge --------------------------------------------------------------------------
 
 
@@ -324,6 +344,17 @@ def test_filters_run_from_the_start_to_the_minimum(shape: tuple[int, int]) -> No
         assert_near(quadratic.closed_form(problem, start, spectral), expected, 1e-6)
 
 
+@pytest.mark.parametrize("filter", ["exponential", "tikhonov", "landweber", "none"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_copies_of_one_model_give_it_back(filter: quadratic.Filter, count: int) -> None:
+    (delta,) = draw(45, (6, 9), 1)
+    spectral = quadratic.Spectral(filter)
+    merged = quadratic.wudi_closed([delta] * count, spectral, init="mean")
+    assert_near(merged, delta, 1e-5)
+    if filter == "none":
+        assert_near(quadratic.wudi_closed([delta] * count, spectral), delta, 1e-5)
+
+
 def test_tasks_with_disjoint_inputs_do_not_interfere() -> None:
     deltas = [torch.zeros(5, 12) for _ in range(3)]
     for task, delta in enumerate(deltas):
@@ -366,6 +397,21 @@ def test_descent_without_momentum_never_raises_the_loss() -> None:
     assert losses[-1] < losses[0]
 
 
+def test_optmerge_keeps_a_direction_when_there_are_more_experts_than_rows() -> None:
+    assert optmerge.kept_rank((3, 9), 5, "full", None) == 1
+    assert optmerge.kept_rank((4, 9), 3, "modality", None) == 1
+    assert optmerge.kept_rank((20, 30), 5, "lora", None) == 4
+    assert optmerge.kept_rank((20, 30), 5, "lora", 0.5) == 10
+
+
+def test_optmerge_of_lora_experts_starts_at_their_mean() -> None:
+    deltas = draw(46, (6, 9))
+    average = sum(deltas) / 3
+    assert_near(optmerge.merge(deltas, "lora", steps=0), average, 1e-6)
+    assert_near(optmerge.merge(deltas, "lora", lr=1e-12), average, 1e-6)
+    assert_near(optmerge.merge(deltas, "full", steps=0), sum(deltas), 1e-6)
+
+
 def test_optmerge_at_full_rank_is_wudi() -> None:
     deltas = draw(62, (6, 8))
     centred = optmerge.merge(deltas, "full", ratio=1.0, steps=40, lr=1e-3)
@@ -390,6 +436,24 @@ def test_regmean_is_the_least_squares_optimum(seed: int, scale: float) -> None:
 
     for step in draw(seed + 2, (4, 6), 3):
         assert error(best.weight + 0.01 * step) >= error(best.weight)
+
+
+def test_regmean_does_not_depend_on_order_scale_or_copies() -> None:
+    weights, inputs = draw(77, (4, 6)), draw(78, (30, 6))
+    grams = [x.T @ x for x in inputs]
+    plain = regmean.merge(weights, grams).weight
+    assert_near(regmean.merge(weights[::-1], grams[::-1]).weight, plain, 1e-6)
+    assert_near(regmean.merge(weights, [1e-4 * gram for gram in grams]).weight, plain, 1e-6)
+    assert_near(regmean.merge(weights, [grams[0]] * 3).weight, sum(weights) / 3, 1e-6)
+    assert_near(regmean.merge([weights[0]] * 3, grams).weight, weights[0], 1e-6)
+
+
+def test_regmean_without_correlations_weighs_every_input_by_its_size() -> None:
+    weights, inputs = draw(79, (4, 6), 2), draw(80, (30, 6), 2)
+    grams = [x.T @ x for x in inputs]
+    sizes = [gram.diagonal() for gram in grams]
+    expected = (weights[0] * sizes[0] + weights[1] * sizes[1]) / (sizes[0] + sizes[1])
+    assert_near(regmean.merge(weights, grams, scale=0.0).weight, expected, 1e-6)
 
 
 def test_regmean_averages_inputs_that_no_model_saw() -> None:
@@ -430,6 +494,34 @@ def test_fisher_merge_minimises_the_sum_of_diagonal_quadratics() -> None:
     merged = fisher.merge(models, curvatures, [1.0, 1.0, 1.0], "all")
     pull = sum(F * (merged - theta) for theta, F in zip(models, curvatures, strict=True))
     assert float(pull.abs().max()) < 1e-5
+
+
+@pytest.mark.parametrize("floor", ["favour_target", "all", "add"])
+def test_fisher_of_equal_information_is_the_weighted_mean(floor: fisher.Floor) -> None:
+    models, information = draw(84, (5, 4), 2), draw(85, (5, 4), 1)[0].square() + 0.1
+    merged = fisher.merge(models, [information] * 2, [3.0, 1.0], floor)
+    assert_near(merged, 0.75 * models[0] + 0.25 * models[1], 1e-6)
+
+
+def test_normalised_fishers_do_not_depend_on_their_scales_or_on_the_donors_order() -> None:
+    models, fishers = draw(86, (5, 4)), [F.square() + 0.1 for F in draw(87, (5, 4))]
+    weights = [0.2, 0.3, 0.5]
+
+    def merged(order: list[int], scales: list[float]) -> torch.Tensor:
+        own = [fishers[i] * scale for i, scale in zip(order, scales, strict=True)]
+        norms = [float(F.double().norm()) for F in own]
+        picked = [weights[i] for i in order]
+        factors = fisher.coefficients(picked, norms, "favour_target", 1e-6, normalize=True)
+        return fisher.merge([models[i] for i in order], own, factors)
+
+    plain = merged([0, 1, 2], [1.0, 1.0, 1.0])
+    assert_near(merged([0, 1, 2], [100.0, 0.01, 7.0]), plain, 1e-6)
+    assert_near(merged([0, 2, 1], [1.0, 1.0, 1.0]), plain, 1e-6)
+
+
+def test_a_model_without_information_keeps_its_weight() -> None:
+    factors = fisher.coefficients([0.5, 0.5], [0.0, 2.0], "favour_target", 1e-6, normalize=True)
+    assert factors == [0.5, 0.25]
 
 
 def test_fisher_keeps_the_target_where_nobody_knows() -> None:
