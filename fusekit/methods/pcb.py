@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fusekit.methods.base import Array
 
 _CLAMPS = {"root": 1e-4, "nlp": 0.01, "vision": 0.01, "vision_es": 0.01}
+_INDIVISIBLE = 1e-37
 _COMPARISONS = {"root": 0, "nlp": 0, "vision": 1, "vision_es": 2}
 
 
@@ -140,6 +141,11 @@ class ScoredMean(Combine):
         )
 
 
+def _clips(low: float, high: float) -> tuple[float, float]:
+    """The magnitudes to clip to: a single one where float32 cannot divide by what is between."""
+    return (high if high - low < _INDIVISIBLE else low), high
+
+
 def _pcb(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     size, variant, n = tensor.group_size, tensor["variant"], tensor.models
     clamp = tensor["clamp"] if tensor["clamp"] is not None else _CLAMPS[variant]
@@ -147,7 +153,7 @@ def _pcb(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     lower, upper = int(size * clamp), int(size * (1 - clamp) - 1)
     ranks = ((size - lower, size - upper),) * n
     edges = yield Magnitudes((), ranks, sampled=tensor["edges"] == "sampled")
-    clips = tuple((low.value, high.value) for low, high in edges)
+    clips = tuple(_clips(low.value, high.value) for low, high in edges)
     cut = min(int(size * (1 - tensor["ratio"])), size - 1)
     scores = Scores((size - cut, 1), clips, _COMPARISONS[variant])
     thresholds, factors = [], []

@@ -177,6 +177,16 @@ def test_tensors_of_one_element_and_ties_stay_finite() -> None:
     np.testing.assert_allclose(merged["b"], 0.5)
 
 
+@pytest.mark.parametrize("variant", ["root", "nlp", "vision", "vision_es"])
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_updates_at_the_end_of_the_range_stay_finite(dtype: Any, variant: str) -> None:
+    rng = np.random.default_rng(6)
+    base = {"w": np.zeros(500, dtype)}
+    models = [{"w": (1e-39 * rng.normal(size=500)).astype(dtype)} for _ in "ab"]
+    merged = pcb(models, base, variant=variant)["w"].astype(np.float64)
+    assert np.abs(merged).max() < 1e-38
+
+
 def test_many_models_do_not_overflow() -> None:
     models, base = random_models(8, 95, size=60)
     merged = pcb([{k: v.astype("f4") for k, v in m.items()} for m in models], base)
