@@ -121,6 +121,7 @@ _OPCM = Method(
     rule=_alone_rest,
     base="origin",
     base_required=True,
+    integers="first",
     whole=is_matrix,
     matrix=_alone,
     others="sum of the task vectors, scaled with the rest",

@@ -71,6 +71,7 @@ def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
         rule=mean_of_the_rest,
         base="origin",
         base_required=True,
+        integers="first",
         whole=is_matrix,
         matrix=scaled(merge),
         others=OTHERS,

@@ -127,6 +127,7 @@ def _method(name: str, title: str, merge: Any, **about: Any) -> Method:
         title=title,
         base="origin",
         base_required=True,
+        integers="first",
         whole=is_matrix,
         matrix=scaled(merge),
         others=OTHERS,

@@ -22,7 +22,7 @@ from fusekit.methods.combines import linear
 if TYPE_CHECKING:
     import torch
 
-EMBEDDINGS = r"(^|[._])(embed\w*|emb|wte|wpe)([._]|$)"
+EMBEDDINGS = r"(^|[._])(embed\w*|emb|wte|wpe)([._]|$)|(^|\.)shared\.weight$"
 """Names of embedding tables, which are matrices of rows rather than maps."""
 
 HEADS = r"(^|[._])lm_head([._]|$)"

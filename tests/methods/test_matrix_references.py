@@ -283,10 +283,22 @@ def test_what_is_no_matrix_gets_the_mean(method: str) -> None:
         np.testing.assert_allclose(merged[name], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi", "knots", "optmerge", "opcm"])
+def test_integers_are_the_bases(method: str) -> None:
+    base, *models = (
+        {"w.weight": np.full((3, 3), i, np.float32), "norm.num_batches_tracked": np.array(i)}
+        for i in range(3)
+    )
+    merged = merge_state_dicts(models, base=base, method=method, threads=1)
+    assert merged["norm.num_batches_tracked"] == 0
+
+
 @pytest.mark.parametrize(
     ("method", "mean"), [("tsv", False), ("iso_c", False), ("wudi", True), ("knots", True)]
 )
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "transformer.wte.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "transformer.wte.weight", "shared.weight"]
+)
 def test_embeddings_are_matrices_only_where_the_authors_say_so(
     method: str, mean: bool, name: str
 ) -> None:
