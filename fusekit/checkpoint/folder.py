@@ -12,8 +12,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from fusekit.checkpoint.companions import TEMPLATES_FOLDER, is_companion
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
-from fusekit.checkpoint.layout import JOURNAL, MANIFEST, SIDE_FILE
+from fusekit.checkpoint.layout import JOURNAL, SIDE_FILE
 from fusekit.checkpoint.npz import NpzFile
 from fusekit.checkpoint.pickles import (
     PICKLE_INDEX_SUFFIX,
@@ -39,9 +40,6 @@ from fusekit.checkpoint.safetensors import (
 from fusekit.checkpoint.source import TensorSource
 from fusekit.checkpoint.views import LoraSource
 from fusekit.errors import CheckpointError
-
-COMPANION_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab"})
-"""Small files that make a folder of weights a usable model: config, tokenizer, templates, code."""
 
 WEIGHT_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")
 """Of several weight files or indexes, the one with the first of these names is the model."""
@@ -84,15 +82,11 @@ class Checkpoint:
         """Files to carry over into a merged folder, weights and their indexes left out."""
         if self.folder is None:
             return []
-        folders = [self.folder, *(part_folders(self.folder) if is_pipeline(self.folder) else [])]
         return sorted(
             path
-            for folder in folders
+            for folder in _places(self.folder)
             for path in folder.iterdir()
-            if path.is_file()
-            and path.suffix in COMPANION_SUFFIXES
-            and not path.name.endswith(".index.json")
-            and path.name != MANIFEST
+            if path.is_file() and is_companion(path.name)
         )
 
     def parts(self) -> dict[str, str]:
@@ -247,6 +241,16 @@ def _open_file(path: Path) -> TensorSource:
     return NpzFile(path) if path.suffix == ".npz" else SafetensorsFile(path)
 
 
+def _places(folder: Path) -> list[Path]:
+    """A model's folder, and the folders in it that belong to the model."""
+    templates = folder / TEMPLATES_FOLDER
+    return [
+        folder,
+        *([templates] if templates.is_dir() and not templates.is_symlink() else []),
+        *(part_folders(folder) if is_pipeline(folder) else []),
+    ]
+
+
 def _refuse_links_out(folder: Path) -> None:
     """Refuse weights and companions that are links to files elsewhere, which would be copied.
 
@@ -254,9 +258,9 @@ def _refuse_links_out(folder: Path) -> None:
     """
     real = folder.resolve()
     root = real.parent.parent if real.parent.name == "snapshots" else real
-    for place in (folder, *(part_folders(folder) if is_pipeline(folder) else ())):
+    for place in _places(folder):
         for path in place.iterdir():
-            is_used = path.suffix in COMPANION_SUFFIXES or path.suffix in _WEIGHT_SUFFIXES
+            is_used = path.suffix in {".json", *_WEIGHT_SUFFIXES} or is_companion(path.name)
             if not is_used or not path.is_symlink() or not path.is_file():
                 continue
             if not path.resolve().is_relative_to(root):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from fusekit.checkpoint.companions import is_companion
 from fusekit.checkpoint.pipelines import DIFFUSERS_FILE, PIPELINE_FILES, join_parts
 from fusekit.checkpoint.ranges import HttpRanges
 from fusekit.checkpoint.remote import ChunkCache, RemoteSafetensors, open_files, read_small
@@ -18,7 +19,6 @@ from fusekit.errors import CheckpointError
 _REFERENCE = re.compile(
     r"(?:hf://(?:models/)?)?(?P<repo>\w[\w.-]*(?:/\w[\w.-]*)?)(?:@(?P<revision>[^@]+))?"
 )
-_COMPANION_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab")
 _PICKLES = re.compile(r"(pytorch_model|adapter_model|diffusion_pytorch_model|model).*\.bin")
 _WHOLE = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_model")
 
@@ -180,7 +180,7 @@ def _literal(name: str) -> str:
 
 
 def _companion_files(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.endswith(_COMPANION_SUFFIXES)]
+    return [name for name in names if name.endswith(".json") or is_companion(name)]
 
 
 def _weight_files(repo: str, names: list[str]) -> list[str]:

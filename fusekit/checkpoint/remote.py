@@ -52,6 +52,9 @@ COMPANION_NAMES = (
     "scheduler_config.json",
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "LICENSE",
     *PIPELINE_FILES,
     ROUTER_FILE,
 )

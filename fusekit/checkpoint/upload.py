@@ -11,13 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusekit.checkpoint.folder import COMPANION_SUFFIXES
+from fusekit.checkpoint.companions import is_companion
+from fusekit.checkpoint.layout import MANIFEST
 from fusekit.checkpoint.ranges import FsspecRanges, open_file_system
 from fusekit.checkpoint.remote import within
 from fusekit.errors import CheckpointError, FusekitError
-
-MANIFEST = "manifest.json"
-_REPLACED_SUFFIXES = COMPANION_SUFFIXES | {".safetensors"}
 
 
 class RemoteFolder:
@@ -97,7 +95,11 @@ class RemoteFolder:
 
     def _clear(self, kept: set[str]) -> None:
         """Remove an earlier output, its manifest first."""
-        old = {name for name in self._names() if Path(name).suffix in _REPLACED_SUFFIXES}
+        old = {
+            name
+            for name in self._names()
+            if name.endswith((".json", ".safetensors")) or is_companion(name)
+        }
         if MANIFEST in old:
             old |= self._listed_in_manifest()
         for name in sorted(old - kept, key=lambda name: (name != MANIFEST, name)):

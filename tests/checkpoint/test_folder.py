@@ -68,14 +68,19 @@ def test_relative_paths_are_also_looked_up_beside_the_recipe(
 
 def test_companions_are_the_small_files_that_make_a_model_usable(tmp_path: Path) -> None:
     wanted = ["config.json", "merges.txt", "tokenizer.model", "chat_template.jinja", "code.py"]
+    wanted += ["LICENSE", "LICENSE.md", "NOTICE", "USE_POLICY.md", "source.spm"]
+    wanted += ["additional_chat_templates/tool_use.jinja"]
     others = ["model.safetensors", "m.safetensors.index.json", "training.bin", "manifest.json"]
+    others += ["README.md", "onnx/config.json"]
+    for folder in ("additional_chat_templates", "onnx"):
+        (tmp_path / folder).mkdir()
     write(tmp_path, *wanted, *others)
     (tmp_path / "m.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"model.safetensors": "model.safetensors"}})
     )
     (tmp_path / "folder.json").mkdir()
     companions = open_checkpoint(str(tmp_path)).companions()
-    assert [path.name for path in companions] == sorted(wanted)
+    assert [path.relative_to(tmp_path).as_posix() for path in companions] == sorted(wanted)
 
 
 def test_the_config_is_parsed(tmp_path: Path) -> None:

@@ -30,6 +30,8 @@ FILES = {
     "config.json": b'{"model_type": "tiny"}',
     "tokenizer.model": b"\0\1",
     "README.md": b"# tiny",
+    "modeling_tiny.py": b"# copied, never run",
+    "LICENSE": b"do what you want",
     "model.safetensors": save({"w": WEIGHT}),
     "consolidated.safetensors": b"a second copy",
     "pytorch_model.bin": b"a third copy",
@@ -64,8 +66,10 @@ def test_a_model_is_downloaded_into_the_cache_at_one_commit(
     model = resolve_hub(reference)
     assert (model.repo, model.commit, model.weights) == ("org/tiny", COMMIT, None)
     assert sorted(path.name for path in model.folder.iterdir()) == [
+        "LICENSE",
         "config.json",
         "model.safetensors",
+        "modeling_tiny.py",
         "tokenizer.model",
     ]
     source = SafetensorsFile(model.folder / "model.safetensors")
