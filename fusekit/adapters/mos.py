@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fusekit.adapters.adapter import LoraModule
 from fusekit.adapters.peft_writer import AdapterWriter
+from fusekit.adapters.shared_format import SharedFormat
 from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
 
 try:
@@ -23,6 +24,8 @@ except ImportError:
 
 CONFIG_NAME = "mos_config.json"
 WEIGHTS_NAME = "mos.safetensors"
+
+_FORMAT = SharedFormat("a mixture of shards", "fusekit-mos-1", CONFIG_NAME, WEIGHTS_NAME)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +175,6 @@ def attach_mos(model: nn.Module, config: MosConfig) -> list[str]:
 
 def save_mos(model: nn.Module, config: MosConfig, folder: str | Path) -> None:
     """Write pools and index sets (the compact form) to a new folder."""
-    from safetensors.torch import save_file
-
-    path = Path(folder)
-    path.mkdir(parents=True)
     tensors: dict[str, Tensor] = {}
     owners: dict[int, str] = {}
     layers: dict[str, str] = {}
@@ -187,45 +186,46 @@ def save_mos(model: nn.Module, config: MosConfig, folder: str | Path) -> None:
             tensors[f"{name}.pool_B"] = module.pool.B.detach().contiguous()
         tensors[f"{name}.index_a"] = module.index_a.to(torch.int32)
         tensors[f"{name}.index_b"] = module.index_b.to(torch.int32)
-    save_file(tensors, path / WEIGHTS_NAME)
-    facts = {"format": "fusekit-mos-1", **dataclasses.asdict(config), "layers": layers}
-    (path / CONFIG_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _FORMAT.save(folder, tensors, {**dataclasses.asdict(config), "layers": layers})
 
 
 def load_mos(model: nn.Module, folder: str | Path) -> MosConfig:
     """Attach a saved mixture to its base model, pools and index sets as they were.
 
     Raises:
-        CheckpointError: not such a folder, or another base model.
+        CheckpointError: not such a folder, a damaged one, or another base model.
     """
-    from safetensors.torch import load_file
-
-    path = Path(folder)
-    try:
-        facts = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not a mixture of shards: {error}") from None
-    fields = {f.name: facts[f.name] for f in dataclasses.fields(MosConfig)}
-    config = MosConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
-    tensors = load_file(path / WEIGHTS_NAME)
+    facts, tensors = _FORMAT.load(folder)
+    config, owners = _FORMAT.made(folder, lambda: (_config(facts), dict(facts["layers"])))
     attached = attach_mos(model, config)
-    if set(attached) != set(facts["layers"]):
-        odd = sorted(set(attached) ^ set(facts["layers"]))[0]
+    if set(attached) != set(owners):
+        odd = sorted(set(attached) ^ set(owners))[0]
         raise CheckpointError(f"{folder}: layer {odd!r} is in the file or in the model, not both")
+
+    def restore(name: str, target: Tensor, largest: int | None = None) -> None:
+        stored = tensors.get(name)
+        if stored is None or stored.shape != target.shape:
+            found = "no tensor" if stored is None else f"shape {list(stored.shape)}"
+            raise CheckpointError(
+                f"{folder}: {name} has {found}, the model needs shape {list(target.shape)}"
+            )
+        if largest is not None and not bool(((stored >= 0) & (stored <= largest)).all()):
+            raise CheckpointError(f"{folder}: {name} has indices beyond 0 to {largest}")
+        target.copy_(stored)
+
     with torch.no_grad():
         for name, module in _mos_layers(model):
-            module.index_a.copy_(tensors[f"{name}.index_a"])
-            module.index_b.copy_(tensors[f"{name}.index_b"])
-            owner = facts["layers"][name]
-            for parameter, saved in ((module.pool.A, "pool_A"), (module.pool.B, "pool_B")):
-                stored = tensors[f"{owner}.{saved}"]
-                if stored.shape != parameter.shape:
-                    raise CheckpointError(
-                        f"{folder}: {owner}.{saved} has shape {list(stored.shape)}, the model "
-                        f"needs {list(parameter.shape)}"
-                    )
-                parameter.copy_(stored)
+            pool = module.pool
+            restore(f"{name}.index_a", module.index_a, len(pool.A) - 1)
+            restore(f"{name}.index_b", module.index_b, len(pool.B) - 1)
+            restore(f"{owners[name]}.pool_A", pool.A)
+            restore(f"{owners[name]}.pool_B", pool.B)
     return config
+
+
+def _config(facts: Mapping[str, Any]) -> MosConfig:
+    fields = {field.name: facts[field.name] for field in dataclasses.fields(MosConfig)}
+    return MosConfig(**{**fields, "target_modules": tuple(fields["target_modules"])})
 
 
 def export_mos(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fusekit.adapters.shared_format import SharedFormat
 from fusekit.errors import CheckpointError, FusekitError, MissingExtraError
 
 try:
@@ -20,6 +20,10 @@ except ImportError:
 
 CONFIG_NAME = "polyhistor_config.json"
 WEIGHTS_NAME = "polyhistor.safetensors"
+
+_FORMAT = SharedFormat(
+    "saved Polyhistor adapters", "fusekit-polyhistor-1", CONFIG_NAME, WEIGHTS_NAME
+)
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
@@ -254,35 +258,31 @@ def attach_polyhistor(
 
 def save_polyhistor(attached: AttachedPolyhistor, folder: str | Path) -> None:
     """Write hyper-networks, embeddings and kernels to a new folder."""
-    from safetensors.torch import save_file
-
-    path = Path(folder)
-    path.mkdir(parents=True)
     adapters = attached.adapters
     state = {name: value.contiguous() for name, value in adapters.state_dict().items()}
-    save_file(state, path / WEIGHTS_NAME)
     facts = {
-        "format": "fusekit-polyhistor-1",
         "config": {**dataclasses.asdict(adapters.config), "tasks": adapters.tasks},
         "positions": dict(zip(attached.positions, adapters.widths, strict=True)),
     }
-    (path / CONFIG_NAME).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    _FORMAT.save(folder, state, facts)
 
 
 def load_polyhistor(model: nn.Module, folder: str | Path) -> AttachedPolyhistor:
     """Attach saved adapters to their model.
 
     Raises:
-        CheckpointError: not such a folder.
+        CheckpointError: not such a folder, or a damaged one.
     """
-    from safetensors.torch import load_file
+    facts, tensors = _FORMAT.load(folder)
 
-    path = Path(folder)
+    def made() -> tuple[PolyhistorConfig, Polyhistor]:
+        config = PolyhistorConfig(**facts["config"])
+        return config, Polyhistor(list(facts["positions"].values()), config)
+
+    config, adapters = _FORMAT.made(folder, made)
     try:
-        facts = json.loads((path / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder}: not saved Polyhistor adapters: {error}") from None
-    config = PolyhistorConfig(**facts["config"])
-    adapters = Polyhistor(list(facts["positions"].values()), config)
-    adapters.load_state_dict(load_file(path / WEIGHTS_NAME))
+        adapters.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: its tensors do not fit its facts: {reason}") from None
     return attach_polyhistor(model, facts["positions"], config, adapters)

@@ -4,7 +4,9 @@ import copy
 import dataclasses
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -467,3 +469,89 @@ def test_positions_and_tasks_that_are_not_there_are_refused(tmp_path):
         Polyhistor([8], config)(torch.zeros(1, 8), 0, 2)
     with pytest.raises(CheckpointError, match="not saved Polyhistor adapters"):
         load_polyhistor(tiny_llama(), tmp_path)
+
+
+@pytest.fixture(params=["mos", "polyhistor"])
+def saved(request, tmp_path):
+    """A saved folder of either kind, its two files, and how it is loaded."""
+    folder = tmp_path / "saved"
+    if request.param == "mos":
+        model = torch.nn.Sequential(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}))
+        config = MosConfig(("q",), rank=2, equivalent_rank=2, private_rank=2)
+        attach_mos(model, config)
+        save_mos(model, config, folder)
+        fresh = torch.nn.Sequential(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}))
+        return folder, "mos_config.json", "mos.safetensors", lambda: load_mos(fresh, folder)
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(8, 8)})
+    config = PolyhistorConfig(tasks=1, task_size=2, layer_size=2, rank=1, reduction=2)
+    save_polyhistor(attach_polyhistor(model, {"a": 8}, config), folder)
+    names = ("polyhistor_config.json", "polyhistor.safetensors")
+    return folder, *names, lambda: load_polyhistor(model, folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("no facts", "not (a mixture of shards|saved Polyhistor adapters): "),
+        ("no json", "not (a mixture of shards|saved Polyhistor adapters): "),
+        ("a list", "format is .*, expected 'fusekit-"),
+        ("another format", "format is 'other', expected 'fusekit-"),
+        ("less facts", r"config\.json: is damaged: "),
+        ("facts of another type", r"config\.json: is damaged: "),
+        ("no weights", "cannot be read"),
+        ("cut weights", "cannot be read"),
+        ("other weights", "has no tensor|do not fit"),
+    ],
+)
+def test_damaged_folders_are_refused_in_one_sentence(saved, damage, message):
+    folder, facts_name, weights_name, load = saved
+    facts, weights = folder / facts_name, folder / weights_name
+    content = json.loads(facts.read_text())
+    settings = content.get("config", content)
+    if damage == "no facts":
+        facts.unlink()
+    elif damage == "no json":
+        facts.write_text("{")
+    elif damage == "a list":
+        facts.write_text("[1]")
+    elif damage == "another format":
+        facts.write_text(json.dumps({**content, "format": "other"}))
+    elif damage == "less facts":
+        settings.pop("tasks" if "tasks" in settings else "rank")
+        facts.write_text(json.dumps(content))
+    elif damage == "facts of another type":
+        settings["rank"] = "two"
+        facts.write_text(json.dumps(content))
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "cut weights":
+        weights.write_bytes(weights.read_bytes()[:-3])
+    else:
+        save_file({"x": np.zeros(1, "f4")}, weights)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load()
+    assert "\n" not in str(caught.value)
+
+
+def test_indices_beyond_the_pool_are_refused(tmp_path):
+    model = torch.nn.Sequential(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}))
+    config = MosConfig(("q",), rank=2, equivalent_rank=2, private_rank=2)
+    attach_mos(model, config)
+    save_mos(model, config, tmp_path / "saved")
+    path = tmp_path / "saved" / "mos.safetensors"
+    save_file({**load_file(path), "0.q.index_b": np.array([0, 7], "i4")}, path)
+    fresh = torch.nn.Sequential(torch.nn.ModuleDict({"q": torch.nn.Linear(4, 4)}))
+    with pytest.raises(CheckpointError, match=r"0\.q\.index_b has indices beyond 0 to 1"):
+        load_mos(fresh, tmp_path / "saved")
+
+
+def test_saving_does_not_replace_what_exists(saved):
+    folder, *_, load = saved
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+    loaded = load()
+    with pytest.raises(CheckpointError, match="already exists"):
+        if isinstance(loaded, MosConfig):
+            save_mos(torch.nn.Linear(2, 2), loaded, folder)
+        else:
+            save_polyhistor(loaded, folder)
+    assert kept == {path.name: path.read_bytes() for path in folder.iterdir()}
