@@ -2,13 +2,17 @@
 
 `model.layers.3.mlp.experts.7.w1.weight` is in block 3 of the stack `model.layers`: the outermost
 number that follows a name counts, numbers further in (experts, submodules) belong to the block.
+Only where that numbers a single wrapper (`module.0.layers.3`) do blocks that are called so count.
 No list of architectures: any checkpoint whose blocks are numbered is understood.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+_BLOCK_WORDS = frozenset({"layers", "layer", "blocks", "block", "resblocks", "h"})
+"""What lists of blocks are called, wherever they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +40,13 @@ def infer_layers(names: Iterable[str]) -> dict[str, Layer | None]:
 
     Ranks follow the numbers present, so pruned models (blocks 0, 1, 5) count 0, 1, 2.
     """
-    places = {name: _place(name) for name in names}
-    stacks: dict[str, set[int]] = {}
-    for place in places.values():
-        if place is not None:
-            stacks.setdefault(place[0], set()).add(place[1])
+    candidates = {name: _places(name) for name in names}
+    wrappers = _wrappers(candidates.values())
+    places = {
+        name: next((place for place in found if place[0] not in wrappers), None)
+        for name, found in candidates.items()
+    }
+    stacks = _stacks(place for place in places.values() if place is not None)
     ranks = {
         stack: {index: rank for rank, index in enumerate(sorted(indices))}
         for stack, indices in stacks.items()
@@ -53,13 +59,39 @@ def infer_layers(names: Iterable[str]) -> dict[str, Layer | None]:
     }
 
 
-def _place(name: str) -> tuple[str, int] | None:
+Place = tuple[str, int]
+"""A stack and the number of a block in it."""
+
+
+def _places(name: str) -> list[Place]:
+    """Every number of a tensor's name that may be its block's, the outermost first."""
     parts = name.split(".")
     numbers = [i for i, part in enumerate(parts[:-1]) if part.isdecimal()]
-    if not numbers:
-        return None
     # A leading number (`0.auto_model.encoder.layer.3...`) numbers a module list, not the blocks,
     # unless it is all there is (`0.weight`, `2.weight` of a plain Sequential).
-    named = [i for i in numbers if i > 0]
-    at = named[0] if named else 0
-    return ".".join(parts[:at]), int(parts[at])
+    named = [i for i in numbers if i > 0] or numbers
+    return [(".".join(parts[:at]), int(parts[at])) for at in named]
+
+
+def _stacks(places: Iterable[Place]) -> dict[str, set[int]]:
+    """The numbers of every stack's blocks."""
+    stacks: dict[str, set[int]] = {}
+    for stack, index in places:
+        stacks.setdefault(stack, set()).add(index)
+    return stacks
+
+
+def _wrappers(candidates: Iterable[Sequence[Place]]) -> set[str]:
+    """Outermost stacks of one block that do not sound like blocks, while what they hold does."""
+    found = list(candidates)
+    outermost = _stacks(places[0] for places in found if places)
+    inside = {
+        places[0][0] for places in found if any(_sounds_like_blocks(p[0]) for p in places[1:])
+    }
+    return {
+        stack for stack in inside if len(outermost[stack]) == 1 and not _sounds_like_blocks(stack)
+    }
+
+
+def _sounds_like_blocks(stack: str) -> bool:
+    return stack.rpartition(".")[2] in _BLOCK_WORDS

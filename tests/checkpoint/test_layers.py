@@ -25,6 +25,21 @@ def test_the_outermost_number_after_a_name_is_the_layer(name: str, stack: str, i
     assert (layer.stack, layer.index) == (stack, index)
 
 
+@pytest.mark.parametrize("wrapper", ["module.0", "model.wrapped.0", "stages.0"])
+def test_a_single_wrapper_that_is_numbered_is_no_layer(wrapper: str) -> None:
+    blocks = [f"{wrapper}.layers.{i}.mlp.{j}.w" for i in range(3) for j in (0, 2)]
+    layers = infer_layers([*blocks, f"{wrapper}.norm.weight", "head.weight"])
+    assert [layer.rank for name in blocks if (layer := layers[name])] == [0, 0, 1, 1, 2, 2]
+    assert layers[f"{wrapper}.norm.weight"] is None
+
+
+def test_numbers_inside_blocks_stay_inside() -> None:
+    names = [f"model.layers.0.mlp.experts.{i}.layers.{j}.w" for i in range(4) for j in range(2)]
+    several = [f"stages.{i}.blocks.{j}.w" for i in range(2) for j in range(3)]
+    layers = infer_layers([*names, *several])
+    assert {layer.stack for layer in layers.values() if layer} == {"model.layers", "stages"}
+
+
 @pytest.mark.parametrize(
     "name", ["lm_head.weight", "model.embed_tokens.weight", "w1", "conv2d.weight", "a.3", "7"]
 )
