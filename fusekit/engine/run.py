@@ -375,17 +375,17 @@ def _check_inputs_unchanged(plan: Plan, folder: Path) -> None:
 
 def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     """Everything beside the weights, then the rename that makes the output exist."""
-    for name, content in companions(plan).items():
+    files = companions(plan)
+    files |= {name: index.encode() for name, index in plan.layout.indexes().items()}
+    for name, content in files.items():
         writer.add_file(name, content)
     writer.add_file(CARD, model_card(plan).encode())
-    for name, index in plan.layout.indexes().items():
-        writer.add_file(name, index.encode())
     with contextlib.ExitStack() as stack:
         side = None
         if plan.layout.side is not None:
             side = SafetensorsFile(writer.folder / plan.layout.side.file_name)
             stack.callback(side.close)
-        writer.add_file(MANIFEST, as_json(manifest(plan, journal.checksums, side)))
+        writer.add_file(MANIFEST, as_json(manifest(plan, journal.checksums, files, side)))
     journal.sync()
     writer.discard_file(JOURNAL)
     writer.publish()
@@ -553,7 +553,8 @@ def merge_state_dicts(
     )
     sink = _MemorySink(plan)
     done = execute(plan, sink, threads=threads, device=device, allow_nonfinite=allow_nonfinite)
-    for remark in (*done.remarks, *value_remarks(done.nonfinite, done.overflows)):
+    told = (*plan.warnings, *done.remarks, *value_remarks(done.nonfinite, done.overflows))
+    for remark in told:
         warnings.warn(remark, stacklevel=2)
     if any(is_torch(arrays) for arrays in models):
         return {name: to_torch(array) for name, array in sink.arrays.items()}

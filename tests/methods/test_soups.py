@@ -79,7 +79,8 @@ def test_the_ends_of_an_interpolation_are_the_models() -> None:
 
 
 def test_tensors_only_later_models_have_are_left_out() -> None:
-    merged = unival([{"w": np.ones(2)}, {"w": np.ones(2), "audio.w": np.ones(3)}])
+    with pytest.warns(UserWarning, match=r"left out, such as 'audio\.w'"):
+        merged = unival([{"w": np.ones(2)}, {"w": np.ones(2), "audio.w": np.ones(3)}])
     assert list(merged) == ["w"]
 
 
