@@ -653,6 +653,28 @@ def test_model_stock_of_special_models(filter_wise: bool) -> None:
     np.testing.assert_allclose(stock(a, a, a), a, rtol=1e-6)
     np.testing.assert_array_equal(stock(a, -a), base["w"])
     np.testing.assert_array_equal(stock(0 * a, 0 * a), base["w"])
+    for seed in range(20):  # the cosines of some are not quite -1
+        update = np.random.default_rng(seed).standard_normal((3, 4))
+        np.testing.assert_array_equal(stock(update, -3 * update), base["w"])
+
+
+@pytest.mark.parametrize("filter_wise", [False, True])
+def test_clipping_stays_at_the_base_where_fine_tunes_point_apart(filter_wise: bool) -> None:
+    base = {"w": np.zeros((2, 2))}
+    models = [
+        {"w": np.array([[4.0, 3.0], [4.0, 3.0]])},
+        {"w": np.array([[-4.0, 3.0], [-4.0, 3.0]])},
+    ]
+
+    def stock(clip: bool) -> np.ndarray:
+        options = {"filter_wise": filter_wise, "clip": clip}
+        merged = merge_state_dicts(models, method="model_stock", base=base, parameters=options)
+        result: np.ndarray = merged["w"]
+        return result
+
+    ratio = 2 * -0.28 / (1 - 0.28)  # the cosine is (9 - 16) / 25
+    np.testing.assert_allclose(stock(clip=False), ratio * np.array([[0.0, 3.0], [0.0, 3.0]]))
+    np.testing.assert_array_equal(stock(clip=True), base["w"])
 
 
 def test_model_stock_scales_with_the_updates() -> None:

@@ -68,6 +68,12 @@ def test_slerp_scales_by_a_sine_where_the_other_tensor_is_zero() -> None:
     np.testing.assert_allclose(out, math.sin(0.75 * math.pi / 2) * a)
 
 
+def test_slerp_leaves_norms_below_1e_8_undivided() -> None:
+    a, b = 1e-9 * np.array([1.0, 0.0]), 1e-9 * np.array([0.8, 0.6])
+    out = merged([a, b], "slerp", parameters={"t": 0.5})
+    np.testing.assert_allclose(out, math.sin(math.pi / 4) * (a + b))  # as at a right angle
+
+
 def test_slerp_of_the_base_alone_is_the_base() -> None:
     (a,) = gaussians(1, 9)
     np.testing.assert_array_equal(merged([a], "slerp", parameters={"t": 0.7}), a)
@@ -207,3 +213,21 @@ def test_zero_tensors_only_lower_the_scale_of_the_karcher_mean() -> None:
     out = merged([a, np.zeros(20), b], "karcher")
     np.testing.assert_allclose(out, 2 / 3 * merged([a, b], "karcher"))
     np.testing.assert_array_equal(merged([np.zeros(3)] * 2, "karcher"), np.zeros(3))
+
+
+def test_tensors_shorter_than_the_tolerance_have_no_direction() -> None:
+    a, b = gaussians(2, 20)
+    short = 1e-6 * b / np.linalg.norm(b)
+    np.testing.assert_allclose(
+        merged([a, short], "karcher"), (1 + 1e-6 / np.linalg.norm(a)) / 2 * a
+    )
+    finer = merged([a, short], "karcher", parameters={"tol": 1e-8})
+    assert abs(finer @ b) > 0.1 * np.linalg.norm(finer) * np.linalg.norm(b)
+    np.testing.assert_array_equal(merged([short, short], "karcher"), np.zeros(20))
+
+
+def test_of_two_opposite_tensors_the_karcher_mean_takes_the_firsts_direction() -> None:
+    for a in gaussians(20, 9):  # the cosines of some are not quite -1
+        with pytest.warns(UserWarning, match="opposite directions have no mean"):
+            out = merged([a, -3 * a], "karcher")
+        np.testing.assert_allclose(out, 2 * a)
