@@ -15,7 +15,7 @@ def verify(
         str, typer.Argument(help="A folder that fusekit wrote, or its URL.", show_default=False)
     ],
 ) -> None:
-    """Check every tensor of OUT against its manifest; exit status 1 if any differs."""
+    """Check OUT against its manifest; exit status 1 if a tensor or file differs."""
     from fusekit.engine.manifest import verify as check
 
     result = check(out)

@@ -14,7 +14,7 @@ import numpy as np
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.layout import MANIFEST as MANIFEST
 from fusekit.checkpoint.layout import SIDE_FILE
-from fusekit.checkpoint.ranges import open_ranges
+from fusekit.checkpoint.ranges import MissingFileError, open_ranges
 from fusekit.checkpoint.remote import is_url, read_small, within
 from fusekit.checkpoint.safetensors import is_file_name
 from fusekit.checkpoint.source import TensorSource
@@ -27,11 +27,15 @@ FORMAT = "fusekit-manifest/1"
 
 
 def manifest(
-    plan: Plan, checksums: Mapping[str, str], side: TensorSource | None = None
+    plan: Plan,
+    checksums: Mapping[str, str],
+    companions: Mapping[str, bytes],
+    side: TensorSource | None = None,
 ) -> dict[str, Any]:
     """Recipe, version, the identities of all inputs and every output tensor's checksum.
 
-    `side` is the side file as written, if the output has one.
+    `companions` are the small files that the output needs; `side` is the side file as written, if
+    the output has one.
     """
     from fusekit import __version__
 
@@ -51,12 +55,19 @@ def manifest(
             }
             for planned in plan.tensors
         },
+        "companions": {name: _hash(content) for name, content in companions.items()},
     }
     if side is not None:
         content["side_tensors"] = {
             name: {"file": SIDE_FILE, **entry} for name, entry in entries_of(side).items()
         }
     return content
+
+
+def _hash(content: bytes) -> str:
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(content)
 
 
 def entries_of(source: TensorSource) -> dict[str, dict[str, Any]]:
@@ -93,7 +104,9 @@ class Verification:
 
 
 def verify(out: str | Path) -> Verification:
-    """Compare every tensor of a merged folder, or of one at a URL, with its manifest.
+    """Compare a merged folder, or one at a URL, with its manifest: every tensor, config, tokenizer.
+
+    The model card (README.md) is not compared: it is there to be edited.
 
     Raises:
         CheckpointError: no manifest, or one of another format.
@@ -102,6 +115,7 @@ def verify(out: str | Path) -> Verification:
     try:
         content = json.loads(text)
         entries, files = _entries(content["tensors"]), _files(content)
+        companions = _companions(content)
         form = content["format"], content["checksum"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise CheckpointError(f"{path}: not a fusekit manifest") from None
@@ -115,10 +129,14 @@ def verify(out: str | Path) -> Verification:
             found.append(_compare(open_checkpoint(_inside(out, name)).source, own))
         except CheckpointError as error:
             found.append(Verification(len(own), 0, (str(error),)))
+    problems = [problem for part in found for problem in part.problems]
+    problems += [
+        f"{name}: {problem}"
+        for name, written in companions.items()
+        if (problem := _companion_problem(_inside(out, name), written)) is not None
+    ]
     return Verification(
-        sum(part.tensors for part in found),
-        sum(part.nbytes for part in found),
-        tuple(problem for part in found for problem in part.problems),
+        sum(part.tensors for part in found), sum(part.nbytes for part in found), tuple(problems)
     )
 
 
@@ -140,6 +158,26 @@ def _files(content: Mapping[str, Any]) -> dict[str, dict[str, Mapping[str, Any]]
     if not all(map(is_file_name, files)):
         raise TypeError
     return {name: own for name, own in files.items() if own}
+
+
+def _companions(content: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Hashes of small files, by paths that stay in the folder. Raises TypeError if they do not."""
+    found: Any = content.get("companions", {})
+    if not isinstance(found, dict) or not all(
+        is_file_name(part) for name in found for part in name.split("/")
+    ):
+        raise TypeError
+    return found
+
+
+def _companion_problem(path: str, written: Any) -> str | None:
+    try:
+        content = read_small(open_ranges(path)) if is_url(path) else Path(path).read_bytes()
+    except (MissingFileError, FileNotFoundError):
+        return "missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+    return None if _hash(content) == written else "differs from what was written"
 
 
 def _inside(out: str | Path, name: str) -> str:

@@ -73,6 +73,9 @@ def test_an_output_at_a_url_is_verified_there(recipe: Path, memory: Any) -> None
     assert fusekit.verify(URL).problems == (
         "layers.2.w: the bytes differ from those that were written",
     )
+    memory.pipe("/outputs/model/model.safetensors", bytes(weights[:-1]) + bytes([weights[-1] ^ 1]))
+    memory.rm("/outputs/model/config.json")
+    assert fusekit.verify(URL).problems == ("config.json: missing",)
     memory.rm("/outputs/model/manifest.json")
     with pytest.raises(FusekitError, match=r"memory://outputs/model/manifest\.json: not found"):
         fusekit.verify(URL)

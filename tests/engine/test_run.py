@@ -506,6 +506,29 @@ def test_verify_names_the_tensor_of_a_flipped_byte(inputs: Inputs) -> None:
     assert problem == "model.layers.3.norm: the bytes differ from those that were written"
 
 
+def test_verify_names_small_files_that_changed_or_are_gone(inputs: Inputs) -> None:
+    out = inputs.folder / "out"
+    fusekit.merge(inputs.recipe, out, out_shard_size=60_000)
+    flip(out / "tokenizer.json", 3)
+    (out / "config.json").unlink()
+    (out / "README.md").write_text("my own words")
+    assert set(fusekit.verify(out).problems) == {
+        "tokenizer.json: differs from what was written",
+        "config.json: missing",
+    }
+
+
+@pytest.mark.parametrize("name", ["../base/config.json", "/etc/passwd", "a/../../b", 3])
+def test_verify_reads_no_file_outside_of_the_output(inputs: Inputs, name: object) -> None:
+    out = inputs.folder / "out"
+    fusekit.merge(inputs.recipe, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["companions"] = [name] if name == 3 else {name: ""}
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="not a fusekit manifest"):
+        fusekit.verify(out)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
