@@ -471,6 +471,25 @@ def test_regmean_with_fewer_tokens_than_inputs_keeps_what_nothing_determines() -
     assert_near(solved.weight, weight, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_regmean_averages_what_only_rounding_noise_determines(
+    dtype: torch.dtype, tokens: int
+) -> None:
+    for seed in range(10):
+        weights = draw(seed, (4, 16), 2)
+        inputs = [x.double() for x in draw(100 + seed, (tokens, 16), 2)]
+        grams = [x.T @ x / tokens for x in inputs]
+        solved = regmean.merge(weights, [gram.to(dtype) for gram in grams], scale=1.0)
+        assert solved.ridged
+        average = (weights[0] + weights[1]).double() / 2
+        size = (grams[0] + grams[1]).diagonal().rsqrt()
+        scaled = size[:, None] * (grams[0] + grams[1]) * size
+        pulls = [G @ (W - average).T for G, W in zip(grams, weights, strict=True)]
+        departure = torch.linalg.pinv(scaled, rtol=1e-10) @ (size[:, None] * sum(pulls))
+        assert_near(solved.weight, average + (size[:, None] * departure).T, 0.3)
+
+
 def test_regmean_takes_weights_with_the_inputs_first() -> None:
     weights, inputs = draw(75, (4, 6), 2), draw(76, (30, 6), 2)
     grams = [x.T @ x for x in inputs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,11 +11,11 @@ from torch import Tensor
 
 from fusekit.methods.matrix.linalg import eigen
 
-WORST_CONDITION = 1e10
-"""Beyond this condition number (diagonal scaled to 1) the equations need a ridge."""
+SMALLEST_RIDGE = 1e-10
+"""Added, or more (see `_ridge`), to the eigenvalues where equations need it, diagonal scaled to 1.
 
-RIDGE = 1e-7
-"""Added to the scaled eigenvalues then: the size of float32 noise in measured Gram matrices."""
+They do where a pivot is less than ten times as large.
+"""
 
 
 class Solved(NamedTuple):
@@ -67,12 +68,21 @@ def merge(
         G = shrink(gram, scale) * factor
         total += G
         right.addmm_(G, W - average)
-    departure, ridged = _solve(total, right)
+    departure, ridged = _solve(total, right, _ridge(grams[0]))
     merged = average + departure
     return Solved((merged if transposed else merged.T).to(weights[0].dtype), ridged)
 
 
-def _solve(total: Tensor, right: Tensor) -> tuple[Tensor, bool]:
+def _ridge(gram: Tensor) -> float:
+    """Ten times the rounding noise in the eigenvalues of a Gram matrix with diagonal 1.
+
+    Entries of n columns are off by up to eps each, the eigenvalues by about eps sqrt(n). A smaller
+    ridge would let that noise decide what the data leaves open.
+    """
+    return max(SMALLEST_RIDGE, 10.0 * torch.finfo(gram.dtype).eps * math.sqrt(len(gram)))
+
+
+def _solve(total: Tensor, right: Tensor, ridge: float) -> tuple[Tensor, bool]:
     """Cholesky, or eigenvalues with a ridge where the matrix is singular or nearly so.
 
     The matrix is scaled to a unit diagonal first, so that inputs of different sizes, which do no
@@ -85,10 +95,10 @@ def _solve(total: Tensor, right: Tensor) -> tuple[Tensor, bool]:
     scaled.diagonal()[dead] = 1.0
     factor, failed = torch.linalg.cholesky_ex(scaled)
     pivots = factor.diagonal()
-    weak = bool(failed) or float(pivots.min() ** 2) * WORST_CONDITION < float(pivots.max() ** 2)
+    weak = bool(failed) or float(pivots.min() ** 2) < 10.0 * ridge
     aligned = right * size[:, None]
     if weak:
         values, vectors = eigen(scaled)
-        inverse = (values.clamp(min=0) + RIDGE).reciprocal()
+        inverse = (values.clamp(min=0) + ridge).reciprocal()
         return ((vectors * inverse) @ (vectors.T @ aligned)) * size[:, None], weak
     return torch.cholesky_solve(aligned, factor) * size[:, None], weak
