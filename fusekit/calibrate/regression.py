@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fusekit.calibrate.hooks import Capture, linear_modules
+from fusekit.calibrate.hooks import Capture, is_linear, linear_modules
 from fusekit.calibrate.models import Batch, as_in_use, blocks_of, forward, mask_of
 from fusekit.errors import FusekitError
 from fusekit.methods.matrix.linalg import mean
@@ -41,24 +42,35 @@ def regmean_plus_plus(
         blocks: name of the list of blocks in the module, such as `model.layers`.
         scale: of the Gram matrices' off-diagonal entries.
 
+    Warns:
+        UserWarning: linear layers that no data reached, which are averaged, or whose equations
+            needed a ridge.
+
     Raises:
-        FusekitError: no such list of blocks, or not as many data sets as models.
+        FusekitError: no such list of blocks, not as many data sets as models, or one without data.
 
     References:
         "RegMean++", arXiv 2508.03121.
     """
     if len(batches) != len(models):
         raise FusekitError(f"batches: found {len(batches)} data sets for {len(models)} models")
+    if not all(map(len, batches)):
+        raise FusekitError("batches: found an empty data set, expected at least one batch for each")
     _average(merged, models, outside=blocks)
     count = len(blocks_of(merged, blocks))
     with contextlib.ExitStack() as stack:
         for module in (merged, *models):
             stack.enter_context(as_in_use(module))
         streams = [[_caught(merged, blocks, batch) for batch in own] for own in batches]
+        notes: dict[str, list[str]] = {}
         for index in range(count):
-            _merge_block(merged, models, blocks, index, streams, scale)
+            for name, note in _merge_block(merged, models, blocks, index, streams, scale):
+                notes.setdefault(note, []).append(f"{blocks}.{index}.{name}")
             block = blocks_of(merged, blocks)[index]
             streams = [[_next(call, call.run(block)) for call in own] for own in streams]
+    for note, names in notes.items():
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        warnings.warn(f"regmean_plus_plus: {names[0]}{others}: {note}", stacklevel=2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +92,9 @@ def _merge_block(
     index: int,
     streams: Sequence[Sequence[Call]],
     scale: float,
-) -> None:
+) -> list[tuple[str, str]]:
+    """Merge one block; what there is to say of its layers."""
+    notes = []
     target = blocks_of(merged, blocks)[index]
     candidates = [blocks_of(model, blocks)[index] for model in models]
     grams = [_grams(block, calls) for block, calls in zip(candidates, streams, strict=True)]
@@ -97,8 +111,13 @@ def _merge_block(
                 transposed=not isinstance(module, nn.Linear),
             )
             value.copy_(solved.weight)
+            if solved.ridged:
+                notes.append((owner, "the data leaves weights undetermined, a ridge was added"))
         else:
             value.copy_(mean(weights))
+            if name.endswith(".weight") and is_linear(target.get_submodule(owner)):
+                notes.append((owner, "no data reached the layer, it was averaged"))
+    return notes
 
 
 def _grams(block: nn.Module, calls: Sequence[Call]) -> dict[str, Tensor]:

@@ -91,6 +91,21 @@ def test_regmean_plus_plus_refuses_a_wrong_list_of_blocks() -> None:
         regmean_plus_plus(model, [model], [[torch.zeros(1, 3)]], "blocks")
 
 
+def test_regmean_plus_plus_says_what_the_data_left_open() -> None:
+    models = [Residual(3, 4, 5, 2) for _ in range(3)]
+    few = [[torch.randn(2, 3)]] * 2
+    with pytest.warns(UserWarning, match=r"layers\.0\.up and 3 more: .* a ridge was added"):
+        regmean_plus_plus(models[0], models[1:], few, "layers", scale=1.0)
+    for model in models:
+        model.layers[1].idle = torch.nn.Linear(3, 3)
+    with pytest.warns(UserWarning, match=r"layers\.1\.idle: no data reached the layer"):
+        regmean_plus_plus(models[0], models[1:], few, "layers")
+    average = (models[1].layers[1].idle.weight + models[2].layers[1].idle.weight) / 2
+    torch.testing.assert_close(models[0].layers[1].idle.weight, average)
+    with pytest.raises(FusekitError, match="batches: found an empty data set"):
+        regmean_plus_plus(models[0], models[1:], [few[0], []], "layers")
+
+
 @pytest.mark.parametrize("kind", ["gram", "mean", "norm"])
 def test_how_data_is_cut_into_batches_does_not_matter(kind: str) -> None:
     torch.manual_seed(0)
