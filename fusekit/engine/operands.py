@@ -155,7 +155,8 @@ class _Reader:
                     f"base_model: {base!r} is also one of the models {method.name} is to merge; "
                     "its task vector is zero"
                 )
-            self._check_count(place, len(others))
+            if others or not (same and isinstance(entries[0], SourceEntry)):
+                self._check_count(place, len(others))
             return Slice(tuple(others), same[0] if same else self._added(base, listed), levels)
         elif method.base is None and not same and not isinstance(entries[0], SourceEntry):
             listed.append(self._added(base, listed))

@@ -388,3 +388,17 @@ def test_slices_may_have_bases_of_their_own(tmp_path: Path) -> None:
     )
     depth = [merged[f"model.layers.{i}.mlp.up_proj.weight"][0, 0] for i in range(2)]
     assert depth == [3.0, 3.5]
+
+
+@pytest.mark.parametrize("method", ["ties", "task_arithmetic", "model_stock", "ramplus"])
+def test_a_slice_of_the_base_alone_is_copied(tmp_path: Path, method: str) -> None:
+    base, a, b = (model(tmp_path, name, i) for i, name in enumerate(("base", "a", "b"), start=1))
+    alone = [{"model": base, "layer_range": [0, 2]}]
+    merged = [{"model": name, "layer_range": [2, 3]} for name in (base, a, b)]
+    recipe = {"merge_method": method, "base_model": base, "granularity": "model"}
+    out, _, _ = merge(tmp_path, **recipe, slices=[{"sources": alone}, {"sources": merged}])
+    layers = [out[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
+    np.testing.assert_array_equal(layers[:2], np.float32([[[1.0]], [[1.1]]]) * np.ones((4, 4)))
+    assert (layers[2] > np.float32(1.2)).all()
+    whole = {"merge_method": method, "base_model": base, "models": [{"model": base}]}
+    assert "besides its base, found 0" in refused(**whole)
