@@ -214,6 +214,7 @@ def _missing(reference: str, relative_to: Path | None, what: str = "model") -> C
         for place in looked
         if place.parent.is_dir() and os.access(place.parent, os.R_OK)
         for path in itertools.islice(place.parent.iterdir(), _MOST_LISTED)
+        if path.name != place.name  # a link to nothing
     ]
     near = difflib.get_close_matches(looked[0].name, beside, n=1, cutoff=0.6)
     hint = f" (did you mean {near[0]!r}?)" if near else ""

@@ -26,4 +26,7 @@ def companions(plan: Plan) -> dict[str, bytes]:
 
 def as_json(content: Any) -> bytes:
     """JSON as it is written beside weights."""
-    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:  # a path whose bytes are no UTF-8
+        return (json.dumps(content, indent=2) + "\n").encode()

@@ -192,9 +192,10 @@ def _merge_locally(
 
 
 def _target(out: str | Path | None) -> Path:
-    if out is None:
+    if out is None or out == "":
         raise FusekitError("out is missing: the folder to create")
-    return Path(out.removeprefix("file://") if isinstance(out, str) else out).resolve()
+    path = Path(out.removeprefix("file://") if isinstance(out, str) else out)
+    return path.expanduser().resolve()
 
 
 def _refuse_inputs_in(target: Path, plan: Plan) -> None:
@@ -260,9 +261,8 @@ def _merge_continually(
             f"merge_method: {recipe.merge_method!r} cannot add to a checkpoint, expected 'opcm'"
         )
     if into is not None:
-        return continual.extend(recipe, Path(into).resolve(), **options)
-    assert out is not None
-    return continual.merge(recipe, Path(out).resolve(), overwrite=overwrite, **options)
+        return continual.extend(recipe, _target(into), **options)
+    return continual.merge(recipe, _target(out), overwrite=overwrite, **options)
 
 
 def run_plan(
@@ -379,7 +379,7 @@ def _finish(plan: Plan, writer: CheckpointWriter, journal: Journal) -> None:
     files |= {name: index.encode() for name, index in plan.layout.indexes().items()}
     for name, content in files.items():
         writer.add_file(name, content)
-    writer.add_file(CARD, model_card(plan).encode())
+    writer.add_file(CARD, model_card(plan).encode(errors="backslashreplace"))
     with contextlib.ExitStack() as stack:
         side = None
         if plan.layout.side is not None:

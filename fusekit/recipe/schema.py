@@ -247,7 +247,7 @@ def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any] | Recipe) -> 
         return source
     if isinstance(source, Mapping):
         return _validated(_plain(source), "recipe", None)
-    path = Path(source)
+    path = Path(source).expanduser()
     folder = path.absolute().parent
     return _joined([_validated(each, str(path), folder) for each in read_documents(path)], path)
 

@@ -101,6 +101,12 @@ def test_a_broken_config_is_named(tmp_path: Path, text: str, message: str) -> No
     assert str(tmp_path / "config.json") in str(caught.value)
 
 
+def test_a_link_to_nothing_is_not_offered_in_its_own_place(tmp_path: Path) -> None:
+    (tmp_path / "model").symlink_to(tmp_path / "gone")
+    with pytest.raises(CheckpointError, match=r"no such file or folder \(looked at [^()]*\)$"):
+        open_checkpoint(str(tmp_path / "model"))
+
+
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no weights found") as caught:
         open_checkpoint(str(write(tmp_path / "m", "config.json")))

@@ -323,6 +323,31 @@ def test_unfinished_outputs_are_no_models(inputs: Inputs) -> None:
         fusekit.plan(recipe)
 
 
+def test_an_empty_name_is_no_target(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    (inputs.folder / "here").mkdir()
+    monkeypatch.chdir(inputs.folder / "here")
+    with pytest.raises(FusekitError, match="out is missing"):
+        fusekit.merge(inputs.recipe, "")
+
+
+def test_a_tilde_is_the_home_folder(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(inputs.folder))
+    report = fusekit.merge("~/recipe.yml", "~/out")
+    assert report.out == inputs.folder / "out"
+    assert fusekit.verify(inputs.folder / "out").ok
+
+
+def test_paths_need_not_be_text(inputs: Inputs) -> None:
+    """On Linux a name is bytes: this one is no UTF-8."""
+    folder = inputs.folder / os.fsdecode(b"caf\xe9")
+    folder.mkdir()
+    for name in ("base", "a", "b", "recipe.yml"):
+        (inputs.folder / name).rename(folder / name)
+    fusekit.merge(folder / "recipe.yml", folder / "out")
+    assert fusekit.verify(folder / "out").ok
+    assert (folder / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_empty_target_folder_is_used(inputs: Inputs) -> None:
     out = inputs.folder / "out"
     out.mkdir()
