@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,8 @@ def parse_header(
     if not isinstance(metadata, dict):
         raise CheckpointError(f"{label}: __metadata__ in the header is not a JSON object")
 
+    if b"\\u" in raw or not raw.isascii():
+        _refuse_broken_names(entries, label)
     data_start = 8 + len(raw)
     extents = [_extent(name, entry, data_start, label) for name, entry in entries.items()]
     extents.sort(key=lambda extent: (extent[1], extent[2]))
@@ -89,6 +91,15 @@ def parse_header(
     return {info.name: (info, begin, end) for info, begin, end in extents}, {
         str(key): str(value) for key, value in metadata.items()
     }
+
+
+def _refuse_broken_names(names: Iterable[str], label: str) -> None:
+    """JSON can escape halves of characters, which no other text can hold."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            raise CheckpointError(f"{label}: the tensor name {name!a} is no valid text") from None
 
 
 def _unique(pairs: list[tuple[str, Any]], label: str) -> dict[str, Any]:

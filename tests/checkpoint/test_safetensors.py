@@ -244,6 +244,12 @@ def test_tensors_must_fill_the_file_without_gap_or_overlap(
     assert re.search(message, refused(tmp_path, raw_file(entries, bytes(data))))
 
 
+@pytest.mark.parametrize("name", [b"\\ud800", b"w\\udc00x", b"\xed\xa0\x80"])
+def test_names_that_are_no_text(tmp_path: Path, name: bytes) -> None:
+    header = b'{"%s": %s}' % (name, json.dumps(entry(0, 4)).encode())
+    assert "is no valid text" in refused(tmp_path, raw_file(header, bytes(4)))
+
+
 def test_names_that_occur_twice(tmp_path: Path) -> None:
     text = json.dumps(entry(0, 4))
     header = f'{{"w": {text}, "w": {text}}}'.encode()
