@@ -33,6 +33,10 @@ class Information:
     example (per token of a sequence); `empirical` takes the data's labels (a language model's next
     tokens); `batch_sqrt` squares one gradient per batch, of sqrt(p) log p summed over classes and
     examples: cheap, but not the Fisher information, and dependent on the batch size.
+
+    A model of one output is one of regression, a normal distribution of variance 1 around it:
+    `exact` and `sampled` square the gradient of the output, `empirical` that of half the squared
+    error, `batch_sqrt` that of the batch's mean squared error; the last two need labels.
     """
 
     def __init__(self, model: nn.Module, estimator: Estimator, seed: int = 0) -> None:
@@ -52,8 +56,12 @@ class Information:
         """Take in one batch."""
         count = size_of(batch)
         if self.estimator == "batch_sqrt":
-            logp = logits_of(forward(self.model, batch)).log_softmax(-1)
-            self._add((logp.exp().detach().sqrt() * logp).sum(), 1.0)
+            logits = logits_of(forward(self.model, batch))
+            if _is_one_number(logits):
+                self._add(_squared_errors(logits, batch, self.estimator).mean(), 1.0)
+            else:
+                logp = logits.log_softmax(-1)
+                self._add((logp.exp().detach().sqrt() * logp).sum(), 1.0)
         else:
             for index in range(count):
                 self._run_example(example(batch, index))
@@ -85,8 +93,12 @@ class Information:
         self.examples = counts["examples"]
 
     def _run_example(self, one: Batch) -> None:
-        logits = logits_of(forward(self.model, one))
-        logp = logits.float().log_softmax(-1)
+        logits = logits_of(forward(self.model, one)).float()
+        if _is_one_number(logits):
+            known = self.estimator != "empirical"
+            self._add(logits.sum() if known else _squared_errors(logits, one, "empirical") / 2, 1.0)
+            return
+        logp = logits.log_softmax(-1)
         for objective, weight in self._objectives(logp, one):
             self._add(objective, weight)
 
@@ -122,8 +134,7 @@ class Information:
             following = torch.roll(keep, -1, dims=1)
             following[:, -1] = 0
             return labels, keep * following
-        if labels is None:
-            raise FusekitError("estimator: 'empirical' needs labels, and the data has none")
+        labels = _labels(one, "empirical")
         return labels.clamp(min=0), keep * (labels >= 0)
 
     def _add(self, objective: Tensor, weight: float) -> None:
@@ -133,6 +144,23 @@ class Information:
         for name, gradient in zip(self.sums, gradients, strict=True):
             if gradient is not None:
                 self.sums[name] += weight * gradient.float().square()
+
+
+def _is_one_number(logits: Tensor) -> bool:
+    """Whether a model returns one number per example."""
+    return logits.dim() == 1 or logits.shape[-1] == 1
+
+
+def _labels(batch: Batch, estimator: Estimator) -> Tensor:
+    labels = labels_of(batch)
+    if labels is None:
+        raise FusekitError(f"estimator: {estimator!r} needs labels, and the data has none")
+    return labels
+
+
+def _squared_errors(outputs: Tensor, batch: Batch, estimator: Estimator) -> Tensor:
+    """Of every example, its labels being numbers."""
+    return (outputs.reshape(-1) - _labels(batch, estimator).reshape(-1).float()).square()
 
 
 def diagonal_fisher(
@@ -147,7 +175,7 @@ def diagonal_fisher(
     under its first name, with the gradients of all its uses added before they are squared.
 
     Args:
-        model: returns logits (batch, classes) or (batch, positions, classes).
+        model: returns logits (batch, classes) or (batch, positions, classes), or one number each.
         batches: keyword tensors, tensors, or (inputs, labels).
         estimator: whose expectation over labels is taken, see `Information`.
         seed: of sampled labels.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -47,6 +48,31 @@ def test_exact_expectation_of_softmax_regression_is_the_analytic_one() -> None:
     found = diagonal_fisher(model, [x])
     expected = torch.einsum("nc,ni->ci", p * (1 - p), x.square()) / len(x)
     torch.testing.assert_close(found["weight"], expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("estimator", ["exact", "sampled", "empirical", "batch_sqrt"])
+def test_one_output_is_a_regression(estimator: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 1)
+    x, y = torch.randn(6, 3), torch.randn(6)
+    found = diagonal_fisher(model, [(x[:4], y[:4]), (x[4:], y[4:])], estimator)["weight"][0]
+    errors = (model(x)[:, 0] - y).detach()
+    if estimator == "batch_sqrt":
+        parts = [2 * (errors[s, None] * x[s]).mean(0) for s in (slice(4), slice(4, 6))]
+        expected = sum(part.square() for part in parts) / 6
+    else:
+        slopes = errors[:, None] * x if estimator == "empirical" else x
+        expected = slopes.square().mean(0)
+    torch.testing.assert_close(found, expected)
+    flat = torch.nn.Sequential(model, torch.nn.Flatten(0))
+    again = diagonal_fisher(flat, [(x[:4], y[:4]), (x[4:], y[4:])], estimator)["0.weight"][0]
+    torch.testing.assert_close(again, expected)
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "batch_sqrt"])
+def test_errors_of_a_regression_need_labels(estimator: Any) -> None:
+    with pytest.raises(FusekitError, match=f"'{estimator}' needs labels"):
+        diagonal_fisher(torch.nn.Linear(3, 1), [torch.randn(2, 3)], estimator)
 
 
 def test_sampled_labels_approach_the_exact_expectation() -> None:
