@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -30,6 +30,7 @@ from fusekit.recipe.parameters import read_level
 from fusekit.recipe.schema import Recipe, load_recipe
 
 Array = np.ndarray[Any, np.dtype[Any]]
+Model = TypeVar("Model")
 
 START, CONTINUE, FINISH = "opcm.start", "opcm.continue", "opcm.finish"
 
@@ -120,11 +121,12 @@ def merge_arrays(
     base: Mapping[str, Any],
     parameters: Mapping[str, Any],
     *,
+    seed: int = 0,
     out_dtype: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """As `merge`, of state dicts in memory and without keeping the update."""
-    read_level(parameters, find("opcm"), "parameters")
+    models = _ordered(models, _order(parameters), seed)
     update = run.merge_state_dicts(
         [base, *models],
         method=START,
@@ -205,7 +207,7 @@ def _scale(norms: Sequence[float], update: TensorSource) -> float:
 
 def _models(recipe: Recipe) -> tuple[str, list[str]]:
     """The base and the models, of a recipe as simple as continual merging needs it."""
-    _check_parameters(recipe)
+    order = _checked_order(recipe)
     for key in _NOT_FOR_WHOLE_MODELS:
         if getattr(recipe, key) is not None:
             raise RecipeError(f"{key}: {recipe.merge_method} adds whole models; remove it")
@@ -227,17 +229,35 @@ def _models(recipe: Recipe) -> tuple[str, list[str]]:
     chosen = [model for model in models if model != base]
     if not chosen:
         raise RecipeError(f"models: {recipe.merge_method} found none beside the base, expected one")
-    return base, chosen
+    return base, _ordered(chosen, order, recipe.seed)
 
 
-def _check_parameters(recipe: Recipe) -> None:
-    """Refuse parameters by the names that the method has for users, not those of its steps."""
+def _checked_order(recipe: Recipe) -> str:
+    """The order of arrival; refuses parameters by the names that the method has for users."""
     method = find(recipe.merge_method)
-    read_level(recipe.parameters, method, "parameters")
+    order = _order(recipe.parameters)
     for i, entry in enumerate(recipe.models or ()):
         place = f"models[{i}].parameters"
         for name in read_level(entry.parameters, method, place):
             raise RecipeError(f"{place}.{name}: belongs to the whole merge, under parameters")
+    return order
+
+
+def _order(parameters: Mapping[str, Any]) -> str:
+    level = read_level(parameters, find("opcm"), "parameters")
+    if "order" not in level:
+        return "given"
+    if not level["order"].is_constant:
+        raise RecipeError("parameters.order: holds for the whole merge, expected a single value")
+    order: str = level["order"].value("", 0.0)[1]
+    return order
+
+
+def _ordered(models: Sequence[Model], order: str, seed: int) -> list[Model]:
+    if order == "given":
+        return list(models)
+    shuffled = np.random.Generator(np.random.Philox(seed)).permutation(len(models))
+    return [models[i] for i in shuffled]
 
 
 def _located(reference: str, folder: Path | None) -> str:

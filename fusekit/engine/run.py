@@ -518,7 +518,7 @@ def merge_state_dicts(
             if value is not None:
                 raise FusekitError(f"{name}: {method} adds whole models, one by one; leave it out")
         own = {"threads": threads, "device": device, "allow_nonfinite": allow_nonfinite}
-        return merge_arrays(models, base, parameters or {}, out_dtype=out_dtype, **own)
+        return merge_arrays(models, base, parameters or {}, seed=seed, out_dtype=out_dtype, **own)
     is_model = any(arrays is base for arrays in models)
     if base is not None and not is_model and find(method).base is None:
         raise RecipeError(f"base: {method} has none; leave it out, or list it among the models")

@@ -117,6 +117,13 @@ _OPCM = Method(
             "Regular expression; matrices whose name it is found in are added without projection.",
             default=EMBEDDINGS,
         ),
+        Parameter(
+            "order",
+            "choice",
+            "Models arrive as they are given, or shuffled by the recipe's seed.",
+            default="given",
+            choices=("given", "shuffled"),
+        ),
     ),
     rule=_alone_rest,
     base="origin",

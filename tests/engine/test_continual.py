@@ -177,6 +177,30 @@ def test_parameters_in_memory_are_called_as_users_know_them() -> None:
             merge_state_dicts(models[1:], base=models[0], method="opcm", parameters={name: 0.5})
 
 
+def test_models_may_arrive_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    case = read_case("opcm", "case1")
+    base, *models = folders(case, tmp_path)
+    shuffled = {**recipe(base, models), "seed": 1}
+    shuffled["parameters"] = {**shuffled.get("parameters", {}), "order": "shuffled"}
+    merge(shuffled, tmp_path / "out")
+    order = continual.read_history(tmp_path / "out").models
+    assert sorted(order) == sorted(models)
+    assert list(order) != models
+    merge(recipe(base, list(order)), tmp_path / "same")
+    assert_close(weights(tmp_path / "out"), weights(tmp_path / "same"), 0.0)
+    options = {"order": "shuffled"}
+    found = merge_state_dicts(
+        case.models, base=case.base, method="opcm", parameters=options, seed=1
+    )
+    assert_close(weights(tmp_path / "out"), found, 1e-6)
+    for wrong, message in (
+        ("random", "parameters.order: found 'random', expected 'given' or 'shuffled'"),
+        ([{"filter": "up", "value": "given"}], "order: holds for the whole merge"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            merge({**shuffled, "parameters": {"order": wrong}}, tmp_path / "wrong")
+
+
 def test_it_is_not_one_step_among_others(tmp_path: Path) -> None:
     case = read_case("opcm", "case0")
     base, *models = folders(case, tmp_path)
