@@ -119,6 +119,19 @@ def test_columns_of_zeros_stay_finite() -> None:
     assert np.isfinite(merged).all()
 
 
+@pytest.mark.parametrize("appears", [True, False])
+def test_a_column_that_gains_or_loses_its_direction_has_changed_most(appears: bool) -> None:
+    rng = np.random.default_rng(9)
+    base = rng.normal(size=(20, 4))
+    model = base * [1.0, 1.1, 1.2, 1.3] + 0.01 * rng.normal(size=(20, 4))
+    base[:, 0], model[:, 0] = 0.0, 1e-6
+    if not appears:
+        base, model = model, base
+    merged = widen([{"w": model}], {"w": base}, s=0.5)["w"]
+    share = (merged - base)[:, 0] / (model - base)[:, 0]
+    np.testing.assert_allclose(share, 0.75)  # the least changed in size: 1, the most in direction
+
+
 def test_vectors_weigh_raw_changes() -> None:
     base = np.zeros(4)
     one, two = np.array([0.1, 0.2, 0.3, 1.0]), np.array([0.4, 0.1, 0.1, 0.1])
