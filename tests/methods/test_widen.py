@@ -119,13 +119,16 @@ def test_columns_of_zeros_stay_finite() -> None:
     assert np.isfinite(merged).all()
 
 
-@pytest.mark.parametrize("appears", [True, False])
-def test_a_column_that_gains_or_loses_its_direction_has_changed_most(appears: bool) -> None:
+@pytest.mark.parametrize("what", ["appears", "vanishes", "turns round"])
+def test_a_column_that_gains_loses_or_reverses_its_direction_has_changed_most(what: str) -> None:
     rng = np.random.default_rng(9)
     base = rng.normal(size=(20, 4))
     model = base * [1.0, 1.1, 1.2, 1.3] + 0.01 * rng.normal(size=(20, 4))
-    base[:, 0], model[:, 0] = 0.0, 1e-6
-    if not appears:
+    if what == "turns round":
+        model[:, 0] = -base[:, 0]
+    else:
+        base[:, 0], model[:, 0] = 0.0, 1e-6
+    if what == "vanishes":
         base, model = model, base
     merged = widen([{"w": model}], {"w": base}, s=0.5)["w"]
     share = (merged - base)[:, 0] / (model - base)[:, 0]
