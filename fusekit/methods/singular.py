@@ -105,7 +105,7 @@ _RANK = Parameter(
     "rank",
     "choice",
     "With full every direction gets the common strength, as published; with numerical only those "
-    "above rounding noise; auto is numerical where at most half of them are, as with LoRAs.",
+    "above rounding noise; auto is numerical where the updates are of low rank, as LoRAs' are.",
     default="auto",
     choices=("auto", "full", "numerical"),
 )

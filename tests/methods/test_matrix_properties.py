@@ -232,6 +232,15 @@ def test_numerical_rank_leaves_directions_without_strength_alone() -> None:
     assert torch.linalg.matrix_rank(full.update.double(), rtol=1e-5) == 20
 
 
+@pytest.mark.parametrize(("rank", "is_cut"), [(2, True), (7, True), (9, False)])
+def test_low_rank_is_told_by_a_gap_in_the_spectrum(rank: int, is_cut: bool) -> None:
+    left, right = draw(24, (9, rank), 1)[0], draw(25, (14, rank), 1)[0]
+    assert iso.common([left @ right.T]).is_cut is is_cut
+    strengths = torch.logspace(0, -9, 30, dtype=torch.float64)
+    decaying = rotation(26, 30) * strengths @ rotation(27, 30)
+    assert not iso.common([decaying]).is_cut
+
+
 def test_a_task_without_an_update_adds_no_directions_of_its_own() -> None:
     deltas = [*draw(23, (12, 30), 2), torch.zeros(12, 30)]
     flat = iso.common_and_specific(deltas, 0.5)

@@ -40,7 +40,7 @@ def common(deltas: Sequence[Tensor], rank: Rank = "auto") -> Isotropic:
         rank: `numerical` takes only the directions above rounding noise, and averages over them;
             with `full` directions in which the sum has no strength at all get sigma too (which
             directions, is up to the decomposition); `auto` is `numerical` where the sum is of at
-            most half its full rank, as sums of LoRAs are, and `full` elsewhere.
+            most half its full rank or of clearly less, as sums of LoRAs are, and `full` elsewhere.
 
     References:
         "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",

@@ -19,6 +19,9 @@ EPS32 = float(torch.finfo(torch.float32).eps)
 GRAM_LIMIT = 1e-6
 """Singular values below this share of the largest are not trusted to a Gram matrix."""
 
+CLEAR_GAP = 100.0
+"""Successive singular values of dense matrices are closer than this."""
+
 SINGLE_LIMIT = 1e-3
 """Directions at least this strong, relative to the strongest, stand products in float32."""
 
@@ -76,9 +79,13 @@ class Side(NamedTuple):
         return self.leading(int(self.S.gt(noise).sum()))
 
     def is_low(self, count: int | None = None) -> bool:
-        """Whether at most half of the values, or of the `count` largest, stand out."""
-        wanted = self if count is None else self.leading(count)
-        return 2 * len(wanted.standing_out().S) <= len(wanted.S)
+        """Whether at most half of the values, or of the `count` largest, stand out.
+
+        Or fewer than all, with a gap to those that do not.
+        """
+        S = self.S[:count]
+        kept = len(self.leading(len(S)).standing_out().S)
+        return 2 * kept <= len(S) or (kept < len(S) and bool(S[kept - 1] >= CLEAR_GAP * S[kept]))
 
     def is_sound(self) -> bool:
         """Whether all values are large enough for vectors that come from a Gram matrix."""
