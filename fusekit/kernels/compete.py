@@ -264,17 +264,6 @@ def scored_mean(
 
 
 @njit(nogil=True, cache=True)
-def _task_vectors(bits: Array, start: int, size: int, out: Array) -> None:
-    """out[:, :size] = the models' differences from the base, from element `start` of `bits` on."""
-    n = bits.shape[0] - 1
-    base = bits[n, start : start + size]
-    for r in range(n):
-        row, target = bits[r, start : start + size], out[r, :size]
-        for i in range(size):
-            target[i] = from_bf16(row[i]) - from_bf16(base[i])
-
-
-@njit(nogil=True, cache=True)
 def _add_task_vector(model: Array, base: Array, total: Array) -> None:
     """total += model - base."""
     for i in range(total.size):
@@ -334,7 +323,7 @@ def score_keys(
                 small &= _small_keys(bits[r, first:stop], base, total, low[r], high[r], n, target)
         if small:
             continue
-        _task_vectors(bits, first, length, deltas)
+        direct.task_vectors(bits, first, length, deltas)
         _score(deltas, 0, length, low, high, comparison, work, score)
         for r in range(n):
             target = keys[r, at + begin : at + begin + length]
@@ -493,7 +482,7 @@ def merge_scored(
                 )  # fmt: skip
         if not small:
             memory[:] = 0
-            _task_vectors(bits, at, length, deltas)
+            direct.task_vectors(bits, at, length, deltas)
             _score(deltas, 0, length, low, high, comparison, work, score)
             for r in range(n):
                 _add_scored(

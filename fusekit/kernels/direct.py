@@ -40,6 +40,17 @@ def all_finite(bits: Array, start: int, stop: int) -> bool:
 
 
 @njit(nogil=True, cache=True)
+def task_vectors(bits: Array, start: int, size: int, out: Array) -> None:
+    """out[:, :size] = the models' differences from the base, from element `start` of `bits` on."""
+    n = bits.shape[0] - 1
+    base = bits[n, start : start + size]
+    for r in range(n):
+        row, target = bits[r, start : start + size], out[r, :size]
+        for i in range(size):
+            target[i] = from_bf16(row[i]) - from_bf16(base[i])
+
+
+@njit(nogil=True, cache=True)
 def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
     """The weighted sum of at most four operands, encoded; the largest magnitude's bits."""
     n = weights.size
@@ -271,6 +282,27 @@ def add_to_base(change: Array, base: Array, out: Array) -> bool:
         out[i] = to_bf16(value)
         largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
     return int(largest) < OVERFLOW
+
+
+@njit(nogil=True, cache=True)
+def move_at_most(bits: Array, start: int, slope: float, limit: float, out: Array) -> bool:
+    """`pairs.move_at_most` of two models, encoded; returns False as `weighted_sum` does."""
+    for begin in range(0, out.size, CHUNK):
+        part, at = out[begin : begin + CHUNK], start + begin
+        stop = at + part.size
+        if not all_finite(bits, at, stop):  # a bounded step would not show it
+            return False
+        first, second = bits[0, at:stop], bits[1, at:stop]
+        largest = np.uint32(0)
+        for i in range(part.size):
+            origin = np.float64(from_bf16(first[i]))
+            step = slope * (np.float64(from_bf16(second[i])) - origin)
+            value = np.float32(origin + min(max(step, -limit), limit))
+            part[i] = to_bf16(value)
+            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        if largest >= OVERFLOW:
+            return False
+    return True
 
 
 @njit(nogil=True, cache=True)

@@ -1,4 +1,8 @@
-"""Task vectors by how many models changed an entry: one, several or none."""
+"""Task vectors by how many models changed an entry: one, several or none.
+
+A change is an entry of magnitude greater than an epsilon. bfloat16 operands are given as the bits
+that were read, (models + 1, any) with the base last, and where in them the elements begin.
+"""
 
 from __future__ import annotations
 
@@ -7,62 +11,112 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels import direct
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
 
 
 @njit(nogil=True, cache=True)
+def _count_run(deltas: Array, start: int, epsilon: float, count: Array, out: Array) -> None:
+    """Add a run's entries to `count_overlap`; `count` is working memory of its length."""
+    n, stop = deltas.shape[0], start + count.size
+    count[:] = 0
+    for r in range(n):
+        row = deltas[r, start:stop]
+        for i in range(count.size):
+            count[i] += abs(row[i]) > epsilon
+    for r in range(n):
+        row = deltas[r, start:stop]
+        alone, shared = np.int32(0), np.int32(0)
+        for i in range(count.size):
+            mine = abs(row[i]) > epsilon
+            alone += mine & (count[i] == 1)
+            shared += mine & (count[i] > 1)
+        out[r] += alone
+        out[n + r] += shared
+
+
+@njit(nogil=True, cache=True)
 def count_overlap(deltas: Array, epsilon: float, out: Array) -> None:
     """out[r] = entries that model r alone changed, out[n + r] = those it changed among others."""
-    n, size = deltas.shape
-    changed = np.empty(_CHUNK, np.int32)
+    count = np.empty(_CHUNK, np.int32)
     out[:] = 0.0
-    for start in range(0, size, _CHUNK):
-        stop = min(start + _CHUNK, size)
-        count = changed[: stop - start]
-        count[:] = 0
-        for r in range(n):
-            row = deltas[r, start:stop]
-            for i in range(count.size):
-                count[i] += abs(row[i]) > epsilon
-        for r in range(n):
-            row = deltas[r, start:stop]
-            alone, shared = np.int32(0), np.int32(0)
-            for i in range(count.size):
-                mine = abs(row[i]) > epsilon
-                alone += mine & (count[i] == 1)
-                shared += mine & (count[i] > 1)
-            out[r] += alone
-            out[n + r] += shared
+    for start in range(0, deltas.shape[1], _CHUNK):
+        length = min(_CHUNK, deltas.shape[1] - start)
+        _count_run(deltas, start, epsilon, count[:length], out)
+
+
+@njit(nogil=True, cache=True)
+def count_overlap_of_bits(bits: Array, start: int, size: int, epsilon: float, out: Array) -> bool:
+    """`count_overlap` of bfloat16 models; False where a value is not finite."""
+    count = np.empty(_CHUNK, np.int32)
+    deltas = np.empty((bits.shape[0] - 1, _CHUNK), np.float32)
+    out[:] = 0.0
+    for begin in range(start, start + size, _CHUNK):
+        length = min(_CHUNK, start + size - begin)
+        if not direct.all_finite(bits, begin, begin + length):
+            return False
+        direct.task_vectors(bits, begin, length, deltas)
+        _count_run(deltas, 0, epsilon, count[:length], out)
+    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def reinforce(deltas: Array, epsilon: float, boosts: Array, base: Array, out: Array) -> None:
-    """out = base + boosts[r] * delta_r where only model r changed, + the mean of changes elsewhere.
-
-    A change is an entry of magnitude greater than `epsilon`.
-    """
-    n, size = deltas.shape
-    changed = np.empty(_CHUNK, np.float64)
-    plain = np.empty(_CHUNK, np.float64)
-    boosted = np.empty(_CHUNK, np.float64)
-    for start in range(0, size, _CHUNK):
-        stop = min(start + _CHUNK, size)
-        count = changed[: stop - start]
-        total = plain[: stop - start]
-        strong = boosted[: stop - start]
-        count[:] = 0.0
-        total[:] = 0.0
-        strong[:] = 0.0
-        for r in range(n):
-            row, boost = deltas[r, start:stop], boosts[r]
-            for i in range(count.size):
+def _reinforce_run(
+    deltas: Array, start: int, epsilon: float, boosts: Array, boosted: bool, work: Array, out: Array
+) -> None:
+    """What a run adds to the base in `reinforce`, in float64; `work` is (2, elements at least)."""
+    stop = start + out.size
+    count, strong = work[0, : out.size], work[1, : out.size]
+    count[:] = 0.0
+    strong[:] = 0.0
+    out[:] = 0.0
+    for r in range(deltas.shape[0]):
+        row, boost = deltas[r, start:stop], boosts[r]
+        if boosted:
+            for i in range(out.size):
                 x = np.float64(row[i]) if abs(row[i]) > epsilon else 0.0
                 count[i] += 1.0 if x != 0.0 else 0.0
-                total[i] += x
+                out[i] += x
                 strong[i] += boost * x
-        origin, target = base[start:stop], out[start:stop]
-        for i in range(count.size):
-            mean = total[i] / (count[i] if count[i] > 1.0 else 1.0)
-            target[i] = np.float64(origin[i]) + (strong[i] if count[i] == 1.0 else mean)
+        else:
+            for i in range(out.size):
+                x = np.float64(row[i]) if abs(row[i]) > epsilon else 0.0
+                count[i] += 1.0 if x != 0.0 else 0.0
+                out[i] += x
+    for i in range(out.size):
+        mean = out[i] / max(count[i], 1.0)
+        out[i] = strong[i] if boosted and count[i] == 1.0 else mean
+
+
+@njit(nogil=True, cache=True)
+def reinforce(deltas: Array, epsilon: float, boosts: Array, base: Array, out: Array) -> None:
+    """out = base + the mean of changes, or boosts[r] * the change where only model r made one."""
+    boosted = bool((boosts != 1.0).any())
+    work, changes = np.empty((2, _CHUNK), np.float64), np.empty(_CHUNK, np.float64)
+    for start in range(0, out.size, _CHUNK):
+        target, origin = out[start : start + _CHUNK], base[start : start + _CHUNK]
+        change = changes[: target.size]
+        _reinforce_run(deltas, start, epsilon, boosts, boosted, work, change)
+        for i in range(target.size):
+            target[i] = np.float64(origin[i]) + change[i]
+
+
+@njit(nogil=True, cache=True)
+def reinforce_bits(bits: Array, start: int, epsilon: float, boosts: Array, out: Array) -> bool:
+    """`reinforce` of bfloat16 models, encoded; False where a value is not finite."""
+    n, boosted = boosts.size, bool((boosts != 1.0).any())
+    work, changes = np.empty((2, _CHUNK), np.float64), np.empty(_CHUNK, np.float64)
+    deltas = np.empty((n, _CHUNK), np.float32)
+    for begin in range(0, out.size, _CHUNK):
+        part, at = out[begin : begin + _CHUNK], start + begin
+        if not direct.all_finite(bits, at, at + part.size):  # small changes would not show
+            return False
+        direct.task_vectors(bits, at, part.size, deltas)
+        change = changes[: part.size]
+        _reinforce_run(deltas, 0, epsilon, boosts, boosted, work, change)
+        if not direct.add_to_base(change, bits[n, at : at + part.size], part):
+            return False
+    return True

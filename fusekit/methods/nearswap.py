@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
 from fusekit.methods.base import Block, Combine, Copy, Method, Parameter, Summary, Tensor
@@ -20,11 +20,24 @@ _FLOOR = 1e-6
 class MoveAtMost(Combine):
     """The first model, moved by at most `limit` per entry towards the second."""
 
+    in_registers: ClassVar[bool] = True
+
     limit: float
 
+    @property
+    def slope(self) -> float:
+        """What small differences are multiplied by."""
+        return min(1.0, self.limit / _FLOOR)
+
+    def encode(self, block: Block, out: Array) -> bool:
+        packed = block.bfloat16
+        if packed is None:
+            return False
+        place = packed.bits, packed.start
+        return bool(kernels.direct.move_at_most(*place, self.slope, self.limit, out))
+
     def apply(self, block: Block, out: Array) -> None:
-        slope = min(1.0, self.limit / _FLOOR)
-        kernels.pairs.move_at_most(block.rows[0], block.rows[1], slope, self.limit, out)
+        kernels.pairs.move_at_most(block.rows[0], block.rows[1], self.slope, self.limit, out)
 
 
 def _nearswap(tensor: Tensor) -> Generator[Summary, Any, Combine]:

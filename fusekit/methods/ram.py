@@ -31,6 +31,7 @@ class Overlap(Additive):
     """Per model, entries it changed alone and entries others changed too: (2, models)."""
 
     deltas: ClassVar[bool] = True
+    in_registers: ClassVar[bool] = True
 
     epsilon: float
     scope: Scope = "group"
@@ -40,7 +41,12 @@ class Overlap(Additive):
 
     def measure(self, block: Block, out: Array) -> None:
         out[:] = 0.0
-        kernels.overlap.count_overlap(block.rows, self.epsilon, out[0])
+        packed, overlap = block.bfloat16, kernels.overlap
+        if packed is not None:
+            place = packed.bits, packed.start, block.size
+            if overlap.count_overlap_of_bits(*place, self.epsilon, out[0]):
+                return
+        overlap.count_overlap(block.rows, self.epsilon, out[0])
 
     def result(self, total: Array) -> Array:
         return total.reshape(2, -1)
@@ -51,9 +57,19 @@ class Reinforced(Combine):
     """base + boosts[i] * delta_i where only model i changed, + the mean of changes elsewhere."""
 
     deltas: ClassVar[bool] = True
+    in_registers: ClassVar[bool] = True
 
     epsilon: float
     boosts: tuple[float, ...]
+
+    def encode(self, block: Block, out: Array) -> bool:
+        import numpy as np
+
+        packed = block.bfloat16
+        if packed is None:
+            return False
+        settings = self.epsilon, np.array(self.boosts, dtype=np.float64)
+        return bool(kernels.overlap.reinforce_bits(packed.bits, packed.start, *settings, out))
 
     def apply(self, block: Block, out: Array) -> None:
         import numpy as np

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import order, pairs
+from fusekit.kernels import direct, order, pairs
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -71,3 +71,21 @@ def test_the_second_is_taken_from_the_threshold_on(kind: str) -> None:
     out = np.empty_like(first)
     pairs.choose(first, second, factors, START, LENGTH, least, out)
     np.testing.assert_array_equal(out, np.where(scores >= least[0], second, first))
+
+
+@pytest.mark.parametrize("size", [1, 1024, 10_001])
+def test_bounded_moves_of_bfloat16_models(size: int) -> None:
+    rng = np.random.default_rng(size)
+    encoded = rng.standard_normal((2, size + 3)).astype(ml_dtypes.bfloat16)
+    bits, values = encoded.view(np.uint16), encoded[:, 3:].astype(np.float32)
+    decoded, out = np.empty(size, np.float32), np.empty(size, np.uint16)
+    pairs.move_at_most(values[0], values[1], 0.8, 0.3, decoded)
+    assert direct.move_at_most(bits, 3, 0.8, 0.3, out)
+    np.testing.assert_array_equal(out, decoded.astype(ml_dtypes.bfloat16).view(np.uint16))
+    moved = decoded - values[0]
+    assert np.abs(moved).max() <= 0.3 + 1e-6
+    for operand in range(2):
+        for bad in (np.nan, np.inf):
+            spoilt = bits.copy()
+            spoilt[operand, -1] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
+            assert not direct.move_at_most(spoilt, 3, 0.8, 0.3, out)
