@@ -38,6 +38,10 @@ def soup(
     minimum_gain: Annotated[
         float, typer.Option(help="How much the score must rise by for a model to join.")
     ] = 0.0,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Further searches, in random order; the best soup is kept.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the random orders.")] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Worker threads; default all processors.")
     ] = None,
@@ -49,8 +53,8 @@ def soup(
     from fusekit.learn import greedy_soup_folder, uniform_soup_folder
 
     if evaluate is None:
-        if accept is not Accept.KEEPS or minimum_gain:
-            raise typer.BadParameter("--accept and --minimum-gain need --evaluate")
+        if accept is not Accept.KEEPS or minimum_gain or restarts:
+            raise typer.BadParameter("--accept, --minimum-gain and --restarts need --evaluate")
         uniform_soup_folder(models, out, threads=threads, overwrite=overwrite)
         print(f"{out}: the average of {len(models)} models")
         return
@@ -66,6 +70,8 @@ def soup(
             out,
             accept=accept.value,
             minimum_gain=minimum_gain,
+            restarts=restarts,
+            seed=seed,
             threads=threads,
             overwrite=overwrite,
             on_score=show,

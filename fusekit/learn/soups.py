@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import shlex
 import subprocess
 import tempfile
@@ -26,8 +27,9 @@ class Selection:
 
     Attributes:
         scores: every model's own score.
-        order: models from the best score to the worst; of equals the later one first.
-        trials: scores of the candidates, one for each model after the best.
+        order: in which models were tried: from the best score to the worst, of equals the later one
+            first; or another one, if a restart found a better soup.
+        trials: scores of the candidates, one for each model after the first.
         ingredients: the chosen models, in the order in which they joined.
         best: the score of the soup.
     """
@@ -45,6 +47,8 @@ def select(
     *,
     accept: Accept = ">=",
     minimum_gain: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
 ) -> Selection:
     """Choose ingredients among `count` models.
 
@@ -54,6 +58,9 @@ def select(
             as the worst, with a warning.
         accept: whether a model joins if the score stays the same (`>=`) or only if it rises (`>`).
         minimum_gain: how much the score must rise by at least, 0 or more.
+        restarts: further searches, with the models after the best in random order; the soup with
+            the best score is taken, of equals the one found first.
+        seed: of the random orders.
 
     References:
         "Model soups: averaging weights of multiple fine-tuned models improves accuracy without
@@ -65,6 +72,8 @@ def select(
         raise FusekitError(f"accept: found {accept!r}, expected '>' or '>='")
     if not minimum_gain >= 0:
         raise FusekitError(f"minimum_gain: found {minimum_gain}, expected 0 or more")
+    if restarts < 0:
+        raise FusekitError(f"restarts: found {restarts}, expected 0 or more")
 
     def measured(indices: Sequence[int]) -> float:
         value = float(score(indices))
@@ -77,21 +86,29 @@ def select(
 
     scores = [measured([i]) for i in range(count)]
     order = sorted(range(count), key=lambda i: scores[i])[::-1]
-    ingredients, best, trials = [order[0]], scores[order[0]], []
-    for candidate in order[1:]:
-        trial = measured([*ingredients, candidate])
-        trials.append(trial)
-        needed = best + minimum_gain
-        if trial > needed or (accept == ">=" and trial == needed):
-            ingredients.append(candidate)
-            best = trial
+
+    def search(order: Sequence[int]) -> Selection:
+        ingredients, best, trials = [order[0]], scores[order[0]], []
+        for candidate in order[1:]:
+            trial = measured([*ingredients, candidate])
+            trials.append(trial)
+            needed = best + minimum_gain
+            if trial > needed or (accept == ">=" and trial == needed):
+                ingredients.append(candidate)
+                best = trial
+        return Selection(tuple(scores), tuple(order), tuple(trials), tuple(ingredients), best)
+
+    drawn = random.Random(seed)
+    orders = [[order[0], *drawn.sample(order[1:], count - 1)] for _ in range(restarts)]
+    found = [search(each) for each in (order, *orders)]
+    trials = [trial for selection in found for trial in selection.trials]
     if trials and max(trials) < min(scores):
         warnings.warn(
             "every average scored below the worst single model: do the models share the weights "
             "they were fine-tuned from?",
             stacklevel=2,
         )
-    return Selection(tuple(scores), tuple(order), tuple(trials), tuple(ingredients), best)
+    return max(found, key=lambda selection: selection.best)
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,8 @@ def greedy_soup(
     *,
     accept: Accept = ">=",
     minimum_gain: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
 ) -> GreedySoup:
     """A greedy soup of state dicts under any scoring function.
 
@@ -115,8 +134,7 @@ def greedy_soup(
         models: `{name: array}` per model, NumPy arrays or torch tensors, all alike. Integers come
             from the best model.
         score: takes a state dict, returns a number; larger is better.
-        accept: see `select`.
-        minimum_gain: see `select`.
+        accept, minimum_gain, restarts, seed: see `select`.
 
     Raises:
         CheckpointError: tensors of the models do not match.
@@ -138,6 +156,8 @@ def greedy_soup(
         lambda indices: score(average(indices)),
         accept=accept,
         minimum_gain=minimum_gain,
+        restarts=restarts,
+        seed=seed,
     )
     return GreedySoup(average(selection.ingredients), selection)
 
@@ -149,6 +169,8 @@ def greedy_soup_folder(
     *,
     accept: Accept = ">=",
     minimum_gain: float = 0.0,
+    restarts: int = 0,
+    seed: int = 0,
     threads: int | None = None,
     overwrite: bool = False,
     on_score: Callable[[Sequence[int], float], None] | None = None,
@@ -160,8 +182,7 @@ def greedy_soup_folder(
         command: a command line that prints a number last; `{model}` in it stands for the folder of
             the candidate (appended if it does not appear). No shell is involved.
         out: the folder to create.
-        accept: see `select`.
-        minimum_gain: see `select`.
+        accept, minimum_gain, restarts, seed: see `select`.
         threads: of the merges.
         overwrite: replace `out` if it exists, once the soup is chosen.
         on_score: called with the indices of the models of every candidate and its score.
@@ -188,7 +209,14 @@ def greedy_soup_folder(
             merge(_average([models[i] for i in indices]), candidate, threads=threads)
             return run_scorer(command, str(candidate))
 
-    selection = select(len(models), score, accept=accept, minimum_gain=minimum_gain)
+    selection = select(
+        len(models),
+        score,
+        accept=accept,
+        minimum_gain=minimum_gain,
+        restarts=restarts,
+        seed=seed,
+    )
     chosen = _average([models[i] for i in selection.ingredients])
     merge(chosen, target, threads=threads, overwrite=overwrite)
     return selection
@@ -218,7 +246,12 @@ def run_scorer(command: str, model: str) -> float:
     Raises:
         FusekitError: it cannot be started, ends with an error, or its last line is no number.
     """
-    words = shlex.split(command)
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise FusekitError(f"scoring command {command!r}: {error}") from None
+    if not words:
+        raise FusekitError("scoring command: found nothing, expected a program and its arguments")
     if not any("{model}" in word for word in words):
         words.append("{model}")
     words = [word.replace("{model}", model) for word in words]

@@ -52,6 +52,25 @@ def test_equal_models_all_join_unless_the_score_must_rise() -> None:
     assert len(select(4, lambda indices: 1.0, minimum_gain=0.1).ingredients) == 1
 
 
+def test_restarts_find_what_the_first_order_misses() -> None:
+    """Model 1 spoils the soup for model 3, which would have been better."""
+    table = {(0,): 5.0, (1,): 4.0, (2,): 3.0, (3,): 2.0, (0, 1): 5.5, (0, 3): 7.0}
+
+    def score(indices: Any) -> float:
+        return table.get(tuple(sorted(indices)), 0.0)
+
+    plain = select(4, score)
+    assert plain.ingredients == (0, 1)
+    better = select(4, score, restarts=8, seed=1)
+    assert better.ingredients == (0, 3)
+    assert better.order[0] == 0
+    assert better.best == 7.0
+    assert better == select(4, score, restarts=8, seed=1)
+    assert select(4, lambda indices: 1.0, restarts=3).order == (3, 2, 1, 0)
+    with pytest.raises(FusekitError, match="restarts: found -1"):
+        select(4, score, restarts=-1)
+
+
 def test_integers_come_from_the_best_model() -> None:
     models = [{"w": np.full(2, v, "f4"), "batches": np.array(i)} for i, v in enumerate((0, 1, 5))]
     made = greedy_soup(models, lambda soup: -abs(float(soup["w"][0]) - 0.6))
@@ -170,6 +189,8 @@ def test_models_of_different_origin_are_pointed_out() -> None:
         (f'{sys.executable} -c "print(1, None)"', "printed 'None' last, expected a number"),
         (f"{sys.executable} -c \"raise SystemExit('no data')\"", "status 1: no data"),
         ("/no/such/program", "cannot be run: No such file"),
+        ("python 'score.py", "scoring command .*: No closing quotation"),
+        (" ", "scoring command: found nothing, expected a program"),
     ],
 )
 def test_a_command_that_does_not_score_is_an_error(command: str, message: str) -> None:
