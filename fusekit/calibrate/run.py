@@ -20,6 +20,7 @@ from fusekit.calibrate.hooks import KINDS, Capture, inputs_of, linear_modules
 from fusekit.calibrate.information import Estimator, Information
 from fusekit.calibrate.models import Batch, as_in_use, device_of, to_device
 from fusekit.checkpoint.statistics import save_statistics
+from fusekit.checkpoint.writer import check_file
 from fusekit.engine.device import torch_device
 from fusekit.errors import FusekitError, MissingExtraError
 
@@ -68,10 +69,11 @@ def measure(
         on_progress: called after every batch.
 
     Raises:
-        FusekitError: unknown statistic, no such modules, too little memory allowed, or a partial
-            file of another measurement.
+        FusekitError: unknown statistic, no such modules, too little memory allowed, a partial
+            file of another measurement, or an `out` that cannot be written.
     """
     target = Path(out)
+    check_file(target)
     watching = _instrument(model, statistic, modules, estimator, seed, max_memory)
     described = {
         "statistic": statistic,

@@ -44,6 +44,15 @@ def check_target(target: Path, overwrite: bool) -> None:
         raise FusekitError(f"{existing}: not a writable folder, {target} cannot be created")
 
 
+def check_file(path: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    if path.is_dir():
+        raise FusekitError(f"{path}: is a folder, expected a file")
+    folder = path.absolute().parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise FusekitError(f"{folder}: not a writable folder, {path} cannot be created")
+
+
 def existing_parent(path: Path) -> Path:
     """The nearest folder above a path that is already there."""
     return next(parent for parent in path.absolute().parents if parent.exists())

@@ -29,6 +29,8 @@ def inspect(
     ] = None,
 ) -> None:
     """Compare MODELS with their base and each other, and advise on merging them."""
+    from fusekit.checkpoint.writer import check_file
+    from fusekit.errors import FusekitError
     from fusekit.inspection.run import inspect as run
     from fusekit.inspection.text import summary
 
@@ -36,12 +38,18 @@ def inspect(
         from fusekit.report.figures import require_plotly
 
         require_plotly()
+    prints = json is not None and str(json) == "-"
+    for path in (None if prints else json, html):
+        if path is not None:
+            check_file(path)
+    if figures is not None and figures.exists() and not figures.is_dir():
+        raise FusekitError(f"{figures}: is a file, expected a folder or nothing")
     found = run(models, base, threads=threads)
-    if json is not None and str(json) == "-":
+    if prints:
         print(found.to_json())
     else:
         print(summary(found, min(shutil.get_terminal_size().columns, 110)))
-    if json is not None and str(json) != "-":
+    if json is not None and not prints:
         json.write_text(found.to_json() + "\n", encoding="utf-8")
         print(f"numbers: {json}", file=sys.stderr)
     if html is not None or figures is not None:

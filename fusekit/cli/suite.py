@@ -42,9 +42,11 @@ def run(
     from fusekit.evaluate.table import summary
 
     if html is not None:
+        from fusekit.checkpoint.writer import check_file
         from fusekit.report.figures import require_plotly
 
         require_plotly()
+        check_file(html)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     result = run_suite(
         load_suite(suite),
@@ -126,9 +128,11 @@ def study(
     from fusekit.evaluate.suite import load_suite
 
     if html is not None:
+        from fusekit.checkpoint.writer import check_file
         from fusekit.report.figures import require_plotly
 
         require_plotly()
+        check_file(html)
     if not all(count.strip().isdecimal() for count in counts.split(",")):
         raise typer.BadParameter(f"--counts: found {counts!r}, expected numbers such as 2,4,6")
     result = run_study(

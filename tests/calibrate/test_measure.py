@@ -203,6 +203,10 @@ def test_what_cannot_be_measured_is_refused(tmp_path: Path, texts: Path) -> None
         measure(model, batches, out, statistic="grams")
     with pytest.raises(FusekitError, match=r"need 0.00 GB while they are measured, allowed are"):
         measure(model, batches, out, max_memory=10)
+    with pytest.raises(FusekitError, match="gone: not a writable folder"):
+        measure(model, batches, tmp_path / "gone" / "s.safetensors")
+    with pytest.raises(FusekitError, match="is a folder, expected a file"):
+        measure(model, batches, tmp_path)
     with pytest.raises(FusekitError, match="fisher is measured for all parameters"):
         measure(model, batches, out, statistic="fisher", modules="fc1")
     with pytest.raises(

@@ -30,6 +30,25 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.parametrize(
+    ("option", "path", "message"),
+    [
+        ("--json", "gone/numbers.json", "gone: not a writable folder"),
+        ("--html", ".", "is a folder, expected a file"),
+        ("--figures", "file", "is a file, expected a folder"),
+    ],
+)
+def test_results_that_cannot_be_written_are_refused_before_anything_is_measured(
+    family: Path, tmp_path: Path, option: str, path: str, message: str
+) -> None:
+    pytest.importorskip("plotly", reason="needs the [report] extra")
+    (tmp_path / "file").touch()
+    refused = fusekit("inspect", family / "maths", family / "code", option, tmp_path / path)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert refused.stdout == ""
+
+
 def test_summary_and_numbers(family: Path, tmp_path: Path) -> None:
     pytest.importorskip("plotly", reason="needs the [report] extra")
     numbers, html = tmp_path / "numbers.json", tmp_path / "report.html"
