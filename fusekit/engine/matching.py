@@ -327,12 +327,13 @@ class Matcher:
     ) -> tuple[int, ...]:
         """The rows of a vocabulary tensor that all have; any other difference is refused.
 
-        Where task vectors are taken, models are cut to the base's rows; else all to the fewest.
+        Where task vectors are taken, models are cut to the base's rows; else all to the fewest, as
+        where a method interpolates around its base.
         """
         label = self._checkpoints[source].source.where(info.name)
         expected = self._checkpoints[lead].source.where(reference.name)
         vocabulary = EMBEDDING_NAMES.search(info.name) or HEAD_NAMES.search(info.name)
-        fixed = self._method.base == "origin"
+        fixed = self._method.base == "origin" and not self._method.common_rows
         if not vocabulary or info.shape[1:] != shape[1:] or (fixed and info.shape[0] < shape[0]):
             hint = (
                 "; align the vocabularies with tokenizer_source: union"

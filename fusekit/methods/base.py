@@ -426,6 +426,8 @@ class Method:
     """Integer and boolean tensors: `equal` in all, or the base's (else the first model's)."""
     missing: Literal["refuse", "first"] = "refuse"
     """Tensors not all models have in one shape: `refuse` them, or keep the first model's."""
+    common_rows: bool = False
+    """Whether vocabularies are cut to the rows that all have even where the base has more."""
     side: Callable[[Tensor], tuple[SideTensor, ...]] | None = None
     """Names the extra tensors that are written for a merged tensor: one set of data per task."""
     whole: Callable[[Tensor], bool] | None = None

@@ -103,6 +103,7 @@ METHODS = (
         base="origin",
         base_required=True,
         min_models=2,
+        common_rows=True,
         passes="two (Gram matrix, combine)",
         use_when="Two or three fine-tunes of one task from one base, instead of a soup of many.",
         caveats=(

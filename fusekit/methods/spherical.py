@@ -230,6 +230,7 @@ METHODS = (
         rule=_nuslerp,
         base="origin",
         max_models=2,
+        common_rows=True,
         passes="two (Gram matrix, combine)",
         use_when="Two models with ordinary weights, or two task vectors around a base.",
     ),

@@ -257,6 +257,22 @@ def test_interpolations_keep_the_rows_that_all_models_have(tmp_path: Path) -> No
     assert "only the first 8 are merged; set tokenizer_source" in warnings[0]
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"), [("nuslerp", {"weight": 1.0}), ("model_stock", {})]
+)
+def test_interpolations_around_a_base_cut_its_rows_too(
+    tmp_path: Path, method: str, parameters: dict[str, Any]
+) -> None:
+    base = model(tmp_path, "base", 1.0, rows=10)
+    a, b = model(tmp_path, "a", 2.0, rows=9), model(tmp_path, "b", 4.0, rows=8)
+    models = [{"model": a}, {"model": b}]
+    recipe = {"base_model": base, "models": models, "parameters": parameters}
+    merged, config, _ = merge(tmp_path, **recipe, merge_method=method)
+    assert merged[EMBED].shape == merged[HEAD].shape == (8, 4)
+    assert config["vocab_size"] == 8
+    np.testing.assert_allclose(merged[EMBED], 3.0)
+
+
 def test_task_vectors_keep_the_rows_of_the_base(tmp_path: Path) -> None:
     base = model(tmp_path, "base", 1.0, rows=8)
     larger, smaller = model(tmp_path, "b", 3.0, rows=10), model(tmp_path, "c", 3.0, rows=6)
