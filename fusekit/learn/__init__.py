@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from fusekit.learn.learned import LearnedSoup, learned_soup
     from fusekit.learn.localized import LearnedMask, learn_mask
     from fusekit.learn.masks import MaskThresholds, choose_tall_lambda
+    from fusekit.learn.norms import reestimate_batch_norms
     from fusekit.learn.soups import (
         GreedySoup,
         Selection,
@@ -36,6 +37,7 @@ _HOMES = {
     "greedy_soup_folder": "soups",
     "learn_mask": "localized",
     "learned_soup": "learned",
+    "reestimate_batch_norms": "norms",
     "select": "soups",
     "uniform_soup_folder": "soups",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "greedy_soup_folder",
     "learn_mask",
     "learned_soup",
+    "reestimate_batch_norms",
     "select",
     "uniform_soup_folder",
 ]

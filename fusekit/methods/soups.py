@@ -58,7 +58,8 @@ METHODS = (
         caveats=(
             "A uniform soup contains the bad ingredients too: one chosen greedily on held-out data "
             "is usually better. Models of different pre-trainings collapse. Integer buffers are "
-            "the first model's; batch-norm statistics should be re-estimated afterwards."
+            "the first model's; batch-norm statistics should be re-estimated afterwards "
+            "(fusekit.learn.reestimate_batch_norms)."
         ),
     ),
     Method(
