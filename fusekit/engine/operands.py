@@ -190,6 +190,7 @@ class _Reader:
             f"at least {few}" if most is None else f"{few}" if few == most else f"{few} to {most}"
         )
         besides = " besides its base" if method.base == "origin" else ""
+        more = f"; for more see {method.for_more}" if method.for_more and count > few else ""
         raise RecipeError(
-            f"{place}: {method.name} merges {expected} model(s){besides}, found {count}"
+            f"{place}: {method.name} merges {expected} model(s){besides}, found {count}{more}"
         )

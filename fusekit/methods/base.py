@@ -418,6 +418,8 @@ class Method:
     base_required: bool = False
     min_models: int = 1
     max_models: int | None = None
+    for_more: str = ""
+    """Which methods merge more models than that, for messages."""
     keeps_nonfinite: bool = False
     """Whether NaN and Inf are handed on as they are (and reported), not refused."""
     model_scope: bool = False

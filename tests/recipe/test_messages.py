@@ -48,6 +48,10 @@ WRONG = {
         "tensor 'model.layers.1.w' of ft1 is missing: flat has 1 layers, ft1 2; choose among them "
         "with slices",
     ),
+    "three models for a method of two": (
+        "merge_method: slerp\nmodels: [{model: ft1}, {model: ft1}, {model: ft1}]",
+        "models: slerp merges 1 to 2 model(s), found 3; for more see multislerp and karcher",
+    ),
     "weights that sum to 0": (
         "merge_method: linear\nmodels: [{model: ft1}, {model: ft1}]\n"
         "parameters: {weight: [{filter: norm, value: 0}, {value: 1}]}",
