@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fusekit.errors import MissingExtraError
 
 if TYPE_CHECKING:
-    from fusekit.calibrate.data import read_documents, token_batches
+    from fusekit.calibrate.data import read_documents, read_token_ids, token_batches
     from fusekit.calibrate.hooks import capture
     from fusekit.calibrate.information import diagonal_fisher
     from fusekit.calibrate.regression import regmean_plus_plus
@@ -23,6 +23,7 @@ _HOMES = {
     "measure": "run",
     "measure_folder": "run",
     "read_documents": "data",
+    "read_token_ids": "data",
     "regmean_plus_plus": "regression",
     "token_batches": "data",
 }
@@ -33,6 +34,7 @@ __all__ = [
     "measure",
     "measure_folder",
     "read_documents",
+    "read_token_ids",
     "regmean_plus_plus",
     "token_batches",
 ]

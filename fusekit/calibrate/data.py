@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fusekit.errors import FusekitError, MissingExtraError
+from fusekit.errors import FusekitError, MissingExtraError, did_you_mean
 
 ARROW = frozenset({".parquet", ".arrow", ".feather"})
 
@@ -49,8 +49,8 @@ def read_documents(
         rows = ((place, {text: line}) for place, line in _lines(file))
     else:
         raise FusekitError(
-            f"{file}: documents are read from .txt, .jsonl, .parquet, .arrow and .feather, "
-            f"found {file.suffix or 'no suffix'!r}"
+            f"{file}: documents are read from .txt, .jsonl, .parquet, .arrow and .feather, token "
+            f"ids from {TOKENS}, found {file.suffix or 'no suffix'!r}"
         )
     for place, row in rows:
         if not isinstance(row.get(text), str):
@@ -63,6 +63,62 @@ def read_documents(
             )
         if row[text].strip():
             yield Document(row[text], found_label)
+
+
+TOKENS = ".safetensors"
+"""Suffix of files that hold token ids instead of texts."""
+
+
+def read_token_ids(
+    path: str | Path, *, samples: int = 128, length: int = 2048, batch: int = 1
+) -> list[dict[str, Any]]:
+    """Batches of a safetensors file of token ids, as torch tensors.
+
+    It holds `input_ids` (sequences, positions) and, of the same shape, `attention_mask` if there is
+    padding; `labels` (sequences,) are classes.
+
+    Args:
+        path: the file.
+        samples: how many sequences at most.
+        length: how many positions of each at most.
+        batch: sequences per batch.
+
+    Raises:
+        FusekitError: an unreadable file, tensors that are missing, unknown, or of another shape or
+            type.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FusekitError(f"{path}: cannot be read: {error}") from None
+    if "input_ids" not in tensors or tensors["input_ids"].dim() != 2:
+        found = {name: list(x.shape) for name, x in tensors.items()}
+        raise FusekitError(
+            f"{path}: expected token ids as 'input_ids' of shape [sequences, positions], found "
+            f"{found}"
+        )
+    shape = list(tensors["input_ids"].shape)
+    expected = {"input_ids": shape, "attention_mask": shape, "labels": shape[:1]}
+    for name, values in tensors.items():
+        if name not in expected:
+            raise FusekitError(f"{path}: unknown tensor {name!r}{did_you_mean(name, expected)}")
+        if list(values.shape) != expected[name] or values.is_floating_point():
+            raise FusekitError(
+                f"{path}: {name!r} is {values.dtype} of shape {list(values.shape)}, expected "
+                f"integers of shape {expected[name]}"
+            )
+    tensors.setdefault("attention_mask", tensors["input_ids"] * 0 + 1)
+    count = min(samples, shape[0])
+    if not count or not shape[1]:
+        raise FusekitError(f"{path}: holds no token ids, expected at least one sequence")
+    cut = {name: x[:count, :length] if x.dim() == 2 else x[:count] for name, x in tensors.items()}
+    return [
+        {name: values[start : start + batch].long() for name, values in cut.items()}
+        for start in range(0, count, batch)
+    ]
 
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:

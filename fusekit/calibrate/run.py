@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from fusekit.calibrate.data import read_documents, token_batches
+from fusekit.calibrate.data import TOKENS, read_documents, read_token_ids, token_batches
 from fusekit.calibrate.hooks import KINDS, Capture, inputs_of, linear_modules
 from fusekit.calibrate.information import Estimator, Information
 from fusekit.calibrate.models import Batch, as_in_use, device_of, to_device
@@ -191,14 +191,15 @@ def measure_folder(
     resume: bool = True,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> Path:
-    """Measure a transformers model folder on a file of documents.
+    """Measure a transformers model folder on a file of documents, or of token ids.
 
     Language models get documents joined into full sequences, other models one document each. The
     estimator of `fisher` is `sampled` for language models and `exact` for others by default.
 
     Args:
         model: folder with config, weights and tokenizer.
-        data: `.txt`, `.jsonl`, `.parquet`, `.arrow` or `.feather`, see `read_documents`.
+        data: `.txt`, `.jsonl`, `.parquet`, `.arrow` or `.feather`, see `read_documents`; or
+            `.safetensors`, see `read_token_ids`, for which no tokenizer is needed.
         out: the file of statistics to write.
         samples: sequences in all.
         length: tokens of each.
@@ -209,12 +210,15 @@ def measure_folder(
 
     Remaining arguments and errors as of `measure`.
     """
-    loaded, tokenizer, is_causal = _load(Path(model), device)
+    loaded, is_causal = _load(Path(model), device)
     length = min(length, getattr(loaded.config, "max_position_embeddings", length))
-    documents = read_documents(data, text=text, label=label)
-    prepared = token_batches(
-        documents, tokenizer, samples=samples, length=length, batch=batch, pack=is_causal
-    )
+    sizes = {"samples": samples, "length": length, "batch": batch}
+    if Path(data).suffix == TOKENS:
+        prepared = read_token_ids(data, **sizes)
+        _check_token_ids(prepared, loaded, data)
+    else:
+        documents = read_documents(data, text=text, label=label)
+        prepared = token_batches(documents, _tokenizer(Path(model)), pack=is_causal, **sizes)
     about = {"model": str(model), "data": str(data), "samples": samples, "length": length}
     return measure(
         loaded,
@@ -231,8 +235,31 @@ def measure_folder(
     )
 
 
-def _load(folder: Path, device: str) -> tuple[Any, Any, bool]:
-    """Model in float32, tokenizer, and whether it is a causal language model."""
+def _check_token_ids(batches: Sequence[Batch], model: Any, data: str | Path) -> None:
+    size = model.get_input_embeddings().num_embeddings
+    least = min(int(batch["input_ids"].min()) for batch in batches)
+    most = max(int(batch["input_ids"].max()) for batch in batches)
+    if least < 0 or most >= size:
+        raise FusekitError(
+            f"{data}: 'input_ids' go from {least} to {most}, expected 0 to {size - 1}, the model's "
+            "vocabulary"
+        )
+
+
+def _tokenizer(folder: Path) -> Any:
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise FusekitError(
+            f"{folder}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}; give token "
+            f"ids ({TOKENS}) instead of texts"
+        ) from None
+
+
+def _load(folder: Path, device: str) -> tuple[Any, bool]:
+    """Model in float32, and whether it is a causal language model."""
     try:
         import transformers
     except ModuleNotFoundError:
@@ -250,8 +277,7 @@ def _load(folder: Path, device: str) -> tuple[Any, Any, bool]:
                 "version of transformers does not have"
             )
         model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError) as error:
         raise FusekitError(f"{folder}: cannot be loaded: {str(error).splitlines()[0]}") from None
     causal = name.endswith(("ForCausalLM", "LMHeadModel"))
-    return model.to(place), tokenizer, causal
+    return model.to(place), causal

@@ -39,7 +39,10 @@ class Estimator(StrEnum):
 def calibrate(
     model: Annotated[Path, typer.Argument(help="Folder of a transformers model.")],
     data: Annotated[
-        Path, typer.Argument(help="Documents: .txt, .jsonl, .parquet, .arrow or .feather.")
+        Path,
+        typer.Argument(
+            help="Documents (.txt, .jsonl, .parquet, .arrow, .feather) or token ids (.safetensors)."
+        ),
     ],
     out: Annotated[Path, typer.Argument(help="File of statistics to write (.safetensors).")],
     statistic: Annotated[

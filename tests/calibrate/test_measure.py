@@ -15,6 +15,8 @@ import pytest
 torch = pytest.importorskip("torch")
 pytestmark = pytest.mark.torch
 
+from safetensors.torch import save_file  # noqa: E402
+
 from fusekit import merge  # noqa: E402
 from fusekit.calibrate import measure, measure_folder, read_documents, run, token_batches  # noqa: E402
 from fusekit.calibrate.data import Document  # noqa: E402
@@ -96,6 +98,57 @@ def test_models_are_calibrated_and_merged(tmp_path: Path, texts: Path) -> None:
     about = Statistics(tmp_path / "gram0.safetensors").about
     assert about["statistic"] == "gram"
     assert set(about["counts"].values()) == {72}
+
+
+def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "model")
+    for file in (tmp_path / "model").glob("tokenizer*"):
+        file.unlink()
+    ids = torch.randint(2, 12, (5, 9))
+    mask = torch.ones_like(ids)
+    mask[:, 6:] = 0
+    save_file({"input_ids": ids, "attention_mask": mask}, tmp_path / "ids.safetensors")
+    options = {"samples": 4, "length": 8, "batch": 3}
+    measure_folder(tmp_path / "model", tmp_path / "ids.safetensors", tmp_path / "found", **options)
+    batches = [
+        {"input_ids": ids[part, :8], "attention_mask": mask[part, :8]}
+        for part in (slice(3), slice(3, 4))
+    ]
+    measure(tiny_llama(tmp_path / "same"), batches, tmp_path / "expected")
+    for name, values in entries(tmp_path / "expected").items():
+        np.testing.assert_array_equal(entries(tmp_path / "found")[name], values)
+    assert set(Statistics(tmp_path / "found").about["counts"].values()) == {24}
+    (tmp_path / "text.txt").write_text("a text")
+    with pytest.raises(FusekitError, match=r"tokenizer cannot be loaded: .* give token ids"):
+        measure_folder(tmp_path / "model", tmp_path / "text.txt", tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"ids": torch.zeros(2, 3).long()}, "expected token ids as 'input_ids' of shape"),
+        ({"input_ids": torch.zeros(3).long()}, "expected token ids as 'input_ids' of shape"),
+        ({"input_ids": torch.zeros(2, 3)}, "'input_ids' is torch.float32 of shape"),
+        (
+            {"input_ids": torch.zeros(2, 3).long(), "attention_mask": torch.ones(2, 4).long()},
+            r"'attention_mask' is torch.int64 of shape \[2, 4\], expected integers of .*\[2, 3\]",
+        ),
+        (
+            {"input_ids": torch.zeros(2, 3).long(), "label": torch.ones(2).long()},
+            "unknown tensor 'label' .did you mean 'labels'",
+        ),
+        ({"input_ids": torch.zeros(0, 3).long()}, "holds no token ids"),
+        ({"input_ids": torch.full((1, 3), 999)}, "go from 999 to 999, expected 0 to"),
+        ({"input_ids": torch.full((1, 3), -1)}, "go from -1 to -1, expected 0 to"),
+    ],
+)
+def test_what_are_no_token_ids_is_refused(
+    tmp_path: Path, tensors: dict[str, Any], message: str
+) -> None:
+    tiny_llama(tmp_path / "model")
+    save_file(tensors, tmp_path / "ids.safetensors")
+    with pytest.raises(FusekitError, match=rf"ids\.safetensors: .*{message}"):
+        measure_folder(tmp_path / "model", tmp_path / "ids.safetensors", tmp_path / "out")
 
 
 def test_what_the_data_says_nothing_of_is_listed(tmp_path: Path) -> None:
