@@ -284,14 +284,22 @@ def merged(method: str, models: int, base: bool, **parameters: Any) -> dict[str,
     return result
 
 
+FOR_MORE = "; for more see multislerp and karcher"
+
+
 @pytest.mark.parametrize(
     ("method", "models", "base", "message"),
     [
         ("linear", 2, True, "base: linear has none; leave it out, or list it among the models"),
         ("ties", 2, False, "base_model is missing: ties merges differences from it"),
-        ("slerp", 3, False, "models: slerp merges 1 to 2 model(s), found 3"),
-        ("slerp", 2, True, "models: slerp merges 1 to 2 model(s), found 3"),
-        ("nuslerp", 3, True, "models: nuslerp merges 1 to 2 model(s) besides its base, found 3"),
+        ("slerp", 3, False, f"models: slerp merges 1 to 2 model(s), found 3{FOR_MORE}"),
+        ("slerp", 2, True, f"models: slerp merges 1 to 2 model(s), found 3{FOR_MORE}"),
+        (
+            "nuslerp",
+            3,
+            True,
+            f"models: nuslerp merges 1 to 2 model(s) besides its base, found 3{FOR_MORE}",
+        ),
         ("passthrough", 2, False, "models: passthrough merges 1 model(s), found 2"),
         ("tise", 2, False, "unknown merge_method 'tise' (did you mean 'ties'?)"),
     ],
