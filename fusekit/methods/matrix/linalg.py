@@ -81,11 +81,13 @@ class Side(NamedTuple):
     def is_low(self, count: int | None = None) -> bool:
         """Whether at most half of the values, or of the `count` largest, stand out.
 
-        Or fewer than all, with a gap to those that do not.
+        Or at most three quarters, with a gap to those that do not; that a few have no strength, as
+        with inputs that are always zero, is not enough.
         """
         S = self.S[:count]
         kept = len(self.leading(len(S)).standing_out().S)
-        return 2 * kept <= len(S) or (kept < len(S) and bool(S[kept - 1] >= CLEAR_GAP * S[kept]))
+        few, fewer = 4 * kept <= 3 * len(S), 2 * kept <= len(S)
+        return fewer or (few and bool(S[kept - 1] >= CLEAR_GAP * S[kept]))
 
     def is_sound(self) -> bool:
         """Whether all values are large enough for vectors that come from a Gram matrix."""
