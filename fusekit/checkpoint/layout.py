@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property
 
 from fusekit.checkpoint.source import TensorInfo
@@ -162,19 +163,16 @@ def _shard(
     return Shard(file_name, header, offsets, place)
 
 
-def parse_size(text: str | int) -> int:
+def parse_size(text: str | float) -> int:
     """Bytes from `5GB`, `500MB`, `5G`, `5000000000`; units are powers of 1000.
 
     >>> parse_size("1.5GB")
     1500000000
     """
-    if isinstance(text, int):
-        value = text
-    else:
-        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)b?\s*", text, re.IGNORECASE)
-        if match is None:
-            raise FusekitError(f"size {text!r}: expected a number with k, M, G or T, such as 5GB")
-        value = int(float(match[1]) * _UNITS[match[2].lower()])
+    match = re.fullmatch(r"\s*([0-9]{0,30}\.?[0-9]{1,30})\s*([kmgt]?)b?\s*", str(text), re.I)
+    if match is None:
+        raise FusekitError(f"size {text!r}: expected a number with k, M, G or T, such as 5GB")
+    value = int(Fraction(match[1]) * _UNITS[match[2].lower()])
     if value <= 0:
         raise FusekitError(f"size {text!r}: expected more than 0 bytes")
     return value

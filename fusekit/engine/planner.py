@@ -13,7 +13,7 @@ from fusekit.adapters.recipe import merges_adapters
 from fusekit.checkpoint.dtypes import DType, dtype_named
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers
-from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out
+from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out, parse_size
 from fusekit.checkpoint.source import TensorInfo
 from fusekit.engine.chat_template import with_chat_template
 from fusekit.engine.filters import idle_filters
@@ -284,12 +284,14 @@ def _output_dtype(recipe: Recipe, info: TensorInfo) -> DType:
     return dtype_named(wanted) if wanted else info.dtype
 
 
-def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES, stream: bool = False) -> Plan:
+def plan(
+    recipe: Any, *, out_shard_size: int | str = DEFAULT_SHARD_BYTES, stream: bool = False
+) -> Plan:
     """What a merge would do, from headers alone: `Plan.tensors`, `.layout`, bytes, memory.
 
     Args:
         recipe: path of a YAML recipe, a mapping, or a `Recipe`.
-        out_shard_size: largest size of a weight file in bytes.
+        out_shard_size: largest size of a weight file, in bytes or as a text such as `5GB`.
         stream: look at models of the hub where they are, without downloading them.
 
     Raises:
@@ -304,4 +306,4 @@ def plan(recipe: Any, *, out_shard_size: int = DEFAULT_SHARD_BYTES, stream: bool
         raise RecipeError(
             "the recipe merges adapters, which fusekit.adapters.plan_adapters describes"
         )
-    return plan_recipe(loaded, out_shard_size, stream=stream)
+    return plan_recipe(loaded, parse_size(out_shard_size), stream=stream)

@@ -17,7 +17,7 @@ import numpy as np
 from fusekit.adapters.recipe import merge_recipe as merge_adapter_recipe
 from fusekit.adapters.recipe import merges_adapters
 from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
-from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES
+from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, parse_size
 from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_torch
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder, check_target
@@ -67,7 +67,7 @@ def merge(
     into: str | Path | None = None,
     threads: int | None = None,
     device: str = "cpu",
-    out_shard_size: int = DEFAULT_SHARD_BYTES,
+    out_shard_size: int | str = DEFAULT_SHARD_BYTES,
     resume: bool = True,
     overwrite: bool = False,
     allow_nonfinite: bool = False,
@@ -95,7 +95,8 @@ def merge(
         threads: worker threads; default all processors. Does not change the result of methods that
             merge in blocks.
         device: where methods that merge whole matrices compute: `cpu`, `cuda`, `cuda:1`.
-        out_shard_size: largest size of a weight file in bytes (a larger tensor gets its own file).
+        out_shard_size: largest size of a weight file, in bytes or as a text such as `5GB` (a larger
+            tensor gets its own file).
         resume: continue a merge that was interrupted; False starts over.
         overwrite: replace `out` if it exists, once the merge is complete.
         allow_nonfinite: let NaN and Inf through and report them, instead of refusing them.
@@ -123,7 +124,7 @@ def merge(
     options: dict[str, Any] = {
         "threads": threads,
         "device": device,
-        "out_shard_size": out_shard_size,
+        "out_shard_size": parse_size(out_shard_size),
         "resume": resume,
         "allow_nonfinite": allow_nonfinite,
         "on_progress": on_progress,
@@ -279,6 +280,7 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a plan into a new folder; arguments as of `merge`."""
     begun, cpu = time.monotonic(), time.process_time()
+    _check_threads(threads)
     check_device(plan, device)
     writer, journal = _open_output(plan, target, resume, overwrite)
     resumed = len(journal.checksums)
@@ -305,6 +307,11 @@ def run_plan(
         overflows=execution.overflows,
         warnings=(*plan.warnings, *execution.remarks),
     )
+
+
+def _check_threads(threads: Any) -> None:
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise FusekitError(f"threads: found {threads!r}, expected at least 1")
 
 
 def _open_output(
@@ -498,6 +505,7 @@ def merge_state_dicts(
         {'w': array([0.5, 0.5], dtype=float32)}
     """
     models = _state_dicts(models)
+    _check_threads(threads)
     if base is not None:
         _check_mapping("base", base)
     _check_mapping("parameters", parameters or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -29,7 +30,7 @@ Model = str | Path | Mapping[str, Any]
 
 
 def inspect(
-    models: Sequence[Model],
+    models: Model | Sequence[Model],
     base: Model | None = None,
     *,
     threads: int | None = None,
@@ -43,7 +44,7 @@ def inspect(
     upper bounds from one power step over all elements.
 
     Args:
-        models: at least one model.
+        models: one model or a list of them.
         base: what the models were fine-tuned from; without it the models' own weights are compared.
         threads: worker threads; default all processors. Does not change the result.
         on_progress: called from any thread with the bytes read so far and in total.
@@ -58,6 +59,8 @@ def inspect(
         >>> fusekit.inspect([model], base=base).whole.statistics.norms
         array([3.46410162])
     """
+    if isinstance(models, (str, os.PathLike, Mapping)):
+        models = [models]
     if not models:
         raise FusekitError("models: found an empty list, expected at least one model")
     began, cpu = time.monotonic(), time.process_time()

@@ -152,14 +152,33 @@ def test_what_is_written_loads_with_the_safetensors_library(tmp_path: Path) -> N
         ("12345B", 12345),
         (".5k", 500),
         (77, 77),
+        (5e9, 5 * 10**9),
+        ("9" * 20 + "GB", int("9" * 20) * 10**9),
     ],
 )
-def test_sizes_are_read_in_powers_of_1000(text: str | int, size: int) -> None:
+def test_sizes_are_read_in_powers_of_1000(text: str | float, size: int) -> None:
     assert parse_size(text) == size
 
 
 @pytest.mark.parametrize(
-    "text", ["", "GB", "5 apples", "5GiB", "-5GB", "1e9", "0", "0GB", "0.1", 0, -3, "nan", "5GB5"]
+    "text",
+    [
+        "",
+        "GB",
+        "5 apples",
+        "5GiB",
+        "-5GB",
+        "1e9",
+        "0",
+        "0GB",
+        "0.1",
+        0,
+        -3,
+        "nan",
+        "5GB5",
+        None,
+        "9" * 5000,
+    ],
 )
 def test_what_is_no_size_is_refused(text: str | int) -> None:
     with pytest.raises(FusekitError) as caught:

@@ -323,6 +323,33 @@ def test_unfinished_outputs_are_no_models(inputs: Inputs) -> None:
         fusekit.plan(recipe)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 0}, "threads: found 0, expected at least 1"),
+        ({"threads": 1.5}, "threads: found 1.5, expected at least 1"),
+        ({"out_shard_size": 0}, "size 0: expected more than 0 bytes"),
+        ({"out_shard_size": "big"}, "size 'big': expected a number"),
+        ({"device": "cuda"}, "device: found 'cuda', but ties merges in blocks"),
+    ],
+)
+def test_wrong_options_leave_nothing_behind(
+    inputs: Inputs, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(FusekitError, match=message):
+        fusekit.merge(inputs.recipe, inputs.folder / "out", **options)
+    assert not list(inputs.folder.glob("out*"))
+
+
+def test_shard_sizes_may_be_texts(inputs: Inputs) -> None:
+    plan = fusekit.plan(inputs.recipe, out_shard_size="60kB")
+    plan.close()
+    assert len(plan.layout.shards) > 1
+    fusekit.merge(inputs.recipe, inputs.folder / "out", out_shard_size="60kB")
+    written = {path.name for path in (inputs.folder / "out").glob("*.safetensors")}
+    assert written == {shard.file_name for shard in plan.layout.shards}
+
+
 def test_an_empty_name_is_no_target(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     (inputs.folder / "here").mkdir()
     monkeypatch.chdir(inputs.folder / "here")

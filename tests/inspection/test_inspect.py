@@ -37,6 +37,15 @@ def flat(deltas: dict[str, np.ndarray]) -> np.ndarray:
     return np.concatenate([deltas[name].ravel() for name in BASE]).astype(np.float64)
 
 
+def test_one_model_needs_no_list(tmp_path: Path) -> None:
+    model = moved(BASE, FIRST)
+    save(tmp_path / "model", model)
+    for given in (model, str(tmp_path / "model"), tmp_path / "model"):
+        found = inspect(given, base=BASE)
+        assert len(found.models) == 1
+        assert found.whole is not None
+
+
 @pytest.mark.parametrize("cosine", [-0.6, 0.0, 0.3, 0.9])
 def test_planted_cosines_and_norms_come_back_exactly(cosine: float) -> None:
     deltas = [FIRST, mixed(FIRST, SECOND, cosine)]
