@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fusekit.checkpoint.layout import JOURNAL as JOURNAL
+from fusekit.checkpoint.layout import Shard
 from fusekit.checkpoint.writer import CheckpointWriter
 from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
@@ -46,12 +47,33 @@ def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:
     path = folder / JOURNAL
     if not path.is_file():
         return {}
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     entries = [entry for entry in map(_parsed, lines) if entry is not None]
     if len(entries) < 2:  # no tensor was finished: there is nothing to continue or to lose
         return {}
     _check_same(entries[0], subject(plan), folder)
-    return {entry["tensor"]: entry["checksum"] for entry in entries[1:]}
+    whole = _whole_tensors(folder, plan)
+    found = [(entry.get("tensor"), entry.get("checksum")) for entry in entries[1:]]
+    return {
+        name: checksum
+        for name, checksum in found
+        if isinstance(name, str) and isinstance(checksum, str) and name in whole
+    }
+
+
+def _whole_tensors(folder: Path, plan: Plan) -> set[str]:
+    """Tensors in files of full length, which all files of a partial folder have from the start."""
+    cut = {file.file_name for file in plan.layout.files if not _is_whole(folder, file)}
+    if plan.layout.side is not None and plan.layout.side.file_name in cut:
+        return set()
+    return {name for name, shard in plan.layout.shard_of.items() if shard.file_name not in cut}
+
+
+def _is_whole(folder: Path, shard: Shard) -> bool:
+    try:
+        return (folder / shard.file_name).stat().st_size == shard.nbytes
+    except OSError:
+        return False
 
 
 def _parsed(line: str) -> dict[str, Any] | None:

@@ -463,6 +463,29 @@ def test_a_journal_cut_short_by_the_kill_is_read_as_far_as_it_goes(half_done: In
     assert fusekit.verify(half_done.folder / "out").ok
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\xfe\x00", b'{"tensor": "ghost", "checksum": "0"}\n', b'{"tensor": [3]}\n', b"[]\n7\n"],
+)
+def test_a_damaged_journal_is_read_as_far_as_it_makes_sense(
+    half_done: Inputs, damage: bytes
+) -> None:
+    with (half_done.folder / "out.partial/journal.jsonl").open("ab") as journal:
+        journal.write(damage)
+    report = fusekit.merge(half_done.recipe, half_done.folder / "out")
+    assert report.resumed > 0
+    assert fusekit.verify(half_done.folder / "out").ok
+
+
+@pytest.mark.parametrize("damage", [lambda path: os.truncate(path, 5000), Path.unlink])
+def test_tensors_of_damaged_files_are_merged_again(
+    half_done: Inputs, damage: Callable[[Path], None]
+) -> None:
+    damage(half_done.folder / "out.partial/model.safetensors")
+    fusekit.merge(half_done.recipe, half_done.folder / "out")
+    assert fusekit.verify(half_done.folder / "out").ok
+
+
 def test_starting_over_ignores_what_is_there(half_done: Inputs) -> None:
     report = fusekit.merge(half_done.recipe, half_done.folder / "out", resume=False)
     assert report.resumed == 0
