@@ -281,9 +281,11 @@ def _open_folder(folder: Path) -> TensorSource:
     if not is_pipeline(folder):
         own = _weights(folder)
         if own is None:
+            snapshots = sorted((folder / "snapshots").glob("*/config.json"))
+            hint = f"; did you mean {snapshots[-1].parent}?" if snapshots else ""
             raise CheckpointError(
                 f"{folder}: no weights found, expected *.safetensors, *{INDEX_SUFFIX}, "
-                f"pytorch_model.bin or *{PICKLE_INDEX_SUFFIX}"
+                f"pytorch_model.bin or *{PICKLE_INDEX_SUFFIX}{hint}"
             )
         return own
     opened: dict[str, TensorSource] = {}

@@ -28,7 +28,7 @@ from fusekit.engine.tasks import side_file
 from fusekit.engine.units import Structure, units
 from fusekit.engine.values import ParameterValues
 from fusekit.engine.vocabulary import Vocabulary, common_vocabulary
-from fusekit.errors import RecipeError
+from fusekit.errors import CheckpointError, RecipeError
 from fusekit.methods.base import Granularity, Method, Tensor
 from fusekit.methods.lines import scale_layers, schedule
 from fusekit.methods.registry import find
@@ -77,6 +77,9 @@ def _plan_recipe(
             open_checkpoint(model, recipe.folder, stream=stream, named=named)
             for model in operands.models()
         )
+        for checkpoint in opened:
+            if not checkpoint.source.tensors:
+                raise CheckpointError(f"{checkpoint.source.label}: holds no tensors")
         return plan_checkpoints(recipe, method, operands, opened, shard_bytes)
     except BaseException:
         for checkpoint in opened:

@@ -113,6 +113,14 @@ def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert str(tmp_path / "m") in str(caught.value)
 
 
+def test_the_folder_of_a_model_in_the_hubs_cache_names_its_snapshot(tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--m" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=rf"did you mean {snapshot}\?$"):
+        open_checkpoint(str(tmp_path / "models--org--m"))
+
+
 def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.safetensors").write_text("hello, I am not a checkpoint at all")
     with pytest.raises(CheckpointError, match="not a safetensors file") as caught:

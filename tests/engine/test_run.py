@@ -350,6 +350,14 @@ def test_shard_sizes_may_be_texts(inputs: Inputs) -> None:
     assert written == {shard.file_name for shard in plan.layout.shards}
 
 
+def test_models_without_tensors_are_refused(inputs: Inputs) -> None:
+    for name in ("a", "b"):
+        write_model(inputs.folder / name, {})
+    models = [{"model": str(inputs.folder / name)} for name in ("a", "b")]
+    with pytest.raises(CheckpointError, match="safetensors: holds no tensors"):
+        fusekit.plan({"merge_method": "linear", "models": models, "parameters": {"weight": 1.0}})
+
+
 def test_an_empty_name_is_no_target(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
     (inputs.folder / "here").mkdir()
     monkeypatch.chdir(inputs.folder / "here")
