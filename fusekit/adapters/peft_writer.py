@@ -7,7 +7,6 @@ import json
 import math
 import os
 import re
-import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -29,7 +28,7 @@ from fusekit.adapters.peft_format import (
 from fusekit.adapters.provenance import CARD, Provenance
 from fusekit.adapters.unfinished import AdapterJournal
 from fusekit.checkpoint.dtypes import dtype_named, dtype_of
-from fusekit.checkpoint.writer import partial_folder, publish_folder
+from fusekit.checkpoint.writer import PartialFolder
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.errors import CheckpointError, FusekitError
 from fusekit.memory import reuse_freed_blocks
@@ -60,8 +59,9 @@ class AdapterWriter:
             which modules that is. What any other run left is replaced.
 
     Raises:
-        CheckpointError: the folder exists, or (on closing) the modules cannot be described by one
-            adapter_config.json.
+        FusekitError: the folder exists (or with `overwrite` is no output), or another process
+            writes to it.
+        CheckpointError: on closing, the modules cannot be described by one adapter_config.json.
     """
 
     def __init__(
@@ -75,14 +75,11 @@ class AdapterWriter:
         resume: bool = False,
     ) -> None:
         self.folder = Path(folder)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise CheckpointError(f"{folder}: is a file, expected a folder or nothing")
-        if self.folder.exists() and any(self.folder.iterdir()) and not overwrite:
-            raise CheckpointError(f"{folder}: already exists; adapters are written to new folders")
+        self._partial = PartialFolder(self.folder, overwrite=overwrite)
         self._config = dict(config or {})
         self._provenance = provenance
         self._checksums: dict[str, str] = {}
-        self._work = partial_folder(self.folder)
+        self._work = self._partial.path
         self._room = -(-header_room // 8) * 8
         self._header: dict[str, dict[str, Any]] = {}
         self._modules: dict[str, _Written] = {}
@@ -91,7 +88,11 @@ class AdapterWriter:
         if provenance is not None:
             subject = {**provenance.manifest({}), "config": self._config, "room": self._room}
             self._journal = AdapterJournal(self._work, subject)
-        self._data = self._opened(resume)
+        try:
+            self._data = self._opened(resume)
+        except BaseException:
+            self._partial.close()
+            raise
         self.finished = frozenset(module.name for module in self._modules.values())
         self.resumed_tensors = len(self._header)
 
@@ -101,8 +102,7 @@ class AdapterWriter:
         entries = self._journal.entries() if resume and self._journal is not None else []
         end = entries[-1]["end"] if entries else 0
         if not end or not path.is_file() or path.stat().st_size < end:
-            shutil.rmtree(self._work, ignore_errors=True)
-            self._work.mkdir(parents=True)
+            self._partial.clear()
             data = path.open("w+b")
             data.seek(8 + self._room)
             return data
@@ -131,8 +131,10 @@ class AdapterWriter:
                 self._finish()
         finally:
             self._data.close()
-            if self._journal is None or not self._journal.is_begun:
-                shutil.rmtree(self._work, ignore_errors=True)
+            if not self._partial.is_released:
+                if self._journal is None or not self._journal.is_begun:
+                    self._partial.clear()
+                self._partial.close()
 
     def add(self, module: LoraModule) -> None:
         """Append one module's tensors.
@@ -227,7 +229,7 @@ class AdapterWriter:
             self._add_file(CARD, self._provenance.card(config["base_model_name_or_path"]).rstrip())
         if self._journal is not None:
             self._journal.discard()
-        publish_folder(self._work, self.folder)
+        self._partial.publish()
 
     def _described(self, key: str) -> dict[str, Any]:
         """A tensor as manifests describe it."""

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,7 @@ from fusekit.adapters.peft_format import read_array
 from fusekit.adapters.peft_writer import MANIFEST_NAME
 from fusekit.adapters.provenance import Provenance, file_identities
 from fusekit.checkpoint.safetensors import SafetensorsFile, is_file_name
-from fusekit.checkpoint.writer import partial_folder, publish_folder
+from fusekit.checkpoint.writer import PartialFolder
 from fusekit.errors import CheckpointError, FusekitError
 
 BASIS_NAME = "basis.safetensors"
@@ -465,9 +464,21 @@ class _PackBuilder:
         own: Mapping[str, Mapping[str, Any]],
         provenance: Provenance | None,
     ) -> None:
-        work = partial_folder(folder)
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+        partial = PartialFolder(folder)
+        try:
+            partial.clear()
+            self._fill(partial.path, config, own, provenance)
+            partial.publish()
+        finally:
+            partial.close()
+
+    def _fill(
+        self,
+        work: Path,
+        config: Mapping[str, Any],
+        own: Mapping[str, Mapping[str, Any]],
+        provenance: Provenance | None,
+    ) -> None:
         _save(work / BASIS_NAME, self._basis)
         for task, tensors in self._coefficients.items():
             _save(work / f"{task}.safetensors", tensors)
@@ -482,7 +493,6 @@ class _PackBuilder:
         if provenance is not None:
             files = {path.name: _described(path) for path in sorted(work.glob("*.safetensors"))}
             _write_json(work / MANIFEST_NAME, {**provenance.manifest({}), "files": files})
-        publish_folder(work, folder)
 
     def report(self) -> PackReport:
         errors = []

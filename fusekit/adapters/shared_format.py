@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusekit.checkpoint.writer import partial_folder, publish_folder
+from fusekit.checkpoint.writer import PartialFolder
 from fusekit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -38,22 +38,22 @@ class SharedFormat:
         """Write a new folder, which appears only when it is complete.
 
         Raises:
-            CheckpointError: there is something already.
+            FusekitError: there is something already, or another process writes it.
         """
         from safetensors.torch import save_file
 
-        target = Path(folder)
-        if target.is_file() or (target.exists() and any(target.iterdir())):
-            raise CheckpointError(f"{folder}: already exists, expected a new folder")
-        work = partial_folder(target)
-        work.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), work / self._weights_name)
-        content = json.dumps({"format": self._mark, **facts}, indent=2)
-        (work / self._facts_name).write_text(content + "\n", encoding="utf-8")
-        for path in work.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        publish_folder(work, target)
+        partial = PartialFolder(Path(folder))
+        try:
+            partial.clear()
+            save_file(dict(tensors), partial.path / self._weights_name)
+            content = json.dumps({"format": self._mark, **facts}, indent=2)
+            (partial.path / self._facts_name).write_text(content + "\n", encoding="utf-8")
+            for path in partial.path.iterdir():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+            partial.publish()
+        finally:
+            partial.close()
 
     def load(self, folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and tensors.

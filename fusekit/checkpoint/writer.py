@@ -16,6 +16,9 @@ from pathlib import Path
 from fusekit.checkpoint.layout import MANIFEST, Layout, Shard
 from fusekit.errors import FusekitError
 
+_MARKS = (MANIFEST, "adapter_config.json")
+"""What shows a folder to be an output: of a merge, or an adapter."""
+
 
 def partial_folder(target: Path) -> Path:
     """Where an unfinished output lives."""
@@ -25,7 +28,7 @@ def partial_folder(target: Path) -> Path:
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists or cannot be created, before any work.
 
-    What may be overwritten is what a manifest shows to be an output, and nothing else.
+    What may be overwritten is what a manifest, or an adapter's config, shows to be an output.
     """
     if target.exists() and not target.is_dir():
         raise FusekitError(f"{target}: is a file, expected a folder or nothing")
@@ -34,7 +37,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise FusekitError(
                 f"{target}: already exists; choose another output or pass --overwrite"
             )
-        if not (target / MANIFEST).is_file():
+        if not any((target / mark).is_file() for mark in _MARKS):
             raise FusekitError(
                 f"{target}: holds no {MANIFEST}, so it is no output to overwrite; remove it "
                 "yourself or choose another output"
@@ -106,13 +109,27 @@ class PartialFolder:
             else:
                 entry.unlink()
 
+    @property
+    def is_released(self) -> bool:
+        """Whether the output is in place or has been given up."""
+        return self._fd < 0
+
     def close(self) -> None:
         """Let go of the folder, and remove it if nothing was written."""
-        if self._fd >= 0:
+        if not self.is_released:
             with contextlib.suppress(OSError):
                 self.path.rmdir()
-            os.close(self._fd)
-            self._fd = -1
+            self._release()
+
+    def publish(self) -> None:
+        """Rename the folder of flushed files into place and let go of it."""
+        with self.explained():
+            _publish(self.path, self.target, replace=self.overwrite)
+        self._release()
+
+    def _release(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
@@ -220,8 +237,7 @@ class CheckpointWriter:
     def publish(self) -> None:
         """Flush, rename the folder into place and close; an output it replaces goes last."""
         self.flush()
-        with self.explained():
-            publish_folder(self.folder, self._partial.target, replace=self._partial.overwrite)
+        self._partial.publish()
         self.close()
 
 
@@ -235,7 +251,7 @@ def _amount(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.2f} MB"
 
 
-def publish_folder(folder: Path, target: Path, *, replace: bool = True) -> None:
+def _publish(folder: Path, target: Path, *, replace: bool) -> None:
     """Rename a folder of flushed files into place; a folder it replaces goes last.
 
     Raises:

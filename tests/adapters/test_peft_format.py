@@ -21,7 +21,7 @@ from fusekit.adapters import (
 from fusekit.adapters.peft_format import read_array
 from fusekit.checkpoint.memory import MemorySource
 from fusekit.checkpoint.views import LoraSource
-from fusekit.errors import CheckpointError
+from fusekit.errors import CheckpointError, FusekitError
 
 from .support import load_vectors, make_adapter, make_module, random_adapter, under
 
@@ -461,10 +461,10 @@ def test_writing_refuses_what_peft_could_not_load(tmp_path):
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(FusekitError, match="already exists"):
         write_adapter(random_adapter(1, {"q.weight": (3, 3)}), tmp_path / "taken")
     (tmp_path / "file").write_text("kept")
-    with pytest.raises(CheckpointError, match="file: is a file, expected a folder or nothing"):
+    with pytest.raises(FusekitError, match="file: is a file, expected a folder or nothing"):
         write_adapter(random_adapter(1, {"q.weight": (3, 3)}), tmp_path / "file", overwrite=True)
     assert (tmp_path / "file").read_text() == "kept"
 

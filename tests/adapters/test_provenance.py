@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import fusekit
 from fusekit.adapters import load_adapter, pack_adapters, write_adapter
 from fusekit.adapters.merge import METHODS
+from fusekit.adapters.peft_writer import AdapterWriter
 from fusekit.adapters.provenance import Provenance, merge_citations, merge_method_text
 from fusekit.cli import adapter as command
 from fusekit.errors import FusekitError
@@ -168,3 +169,25 @@ def test_options_that_would_be_ignored_or_do_not_fit_are_refused(options, messag
     with pytest.raises(FusekitError, match=message):
         merge(folder, *options)
     assert not (folder / "out").exists()
+
+
+def test_two_writers_of_one_adapter_do_not_meet(tmp_path):
+    out = tmp_path / "out"
+    with AdapterWriter(out) as writer:
+        writer.add(next(iter(random_adapter(1, {"q.weight": (3, 3)}).modules.values())))
+        with pytest.raises(FusekitError, match="another process is writing this output"):
+            AdapterWriter(out)
+    assert load_adapter(out).modules
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_only_adapters_and_outputs_are_overwritten(tmp_path):
+    adapter = random_adapter(1, {"q.weight": (3, 3)})
+    out = tmp_path / "out"
+    for _ in range(2):
+        write_adapter(adapter, out, overwrite=True)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "one.jpg").write_bytes(b"kept")
+    with pytest.raises(FusekitError, match=r"photos: holds no manifest.json"):
+        write_adapter(adapter, tmp_path / "photos", overwrite=True)
+    assert (tmp_path / "photos" / "one.jpg").read_bytes() == b"kept"

@@ -549,7 +549,7 @@ def test_saving_does_not_replace_what_exists(saved):
     folder, *_, load = saved
     kept = {path.name: path.read_bytes() for path in folder.iterdir()}
     loaded = load()
-    with pytest.raises(CheckpointError, match="already exists"):
+    with pytest.raises(FusekitError, match="already exists"):
         if isinstance(loaded, MosConfig):
             save_mos(torch.nn.Linear(2, 2), loaded, folder)
         else:
