@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,7 +25,8 @@ _SKIPPING = ("skip-model", "copy")
 class Matched:
     """One output tensor: its operands, and which of the slice's models they are.
 
-    `names` are the tensors' names in those models, by which per-model parameters are looked up.
+    `names` are the tensors' names in those models, by which per-model parameters are looked up; an
+    embedding that stands in for a tied head goes by the head's.
     """
 
     info: TensorInfo
@@ -84,13 +86,21 @@ class Matcher:
             self._left_out += extra
             yield from (self._alone_or_matched(name, unit, sources) for name in first)
             return
+        untied = self._head_to_untie(unit, sources)
+        if untied is not None and untied.name not in first and untied.name not in extra:
+            extra.append(untied.name)
         for name in [*first, *extra]:
             found = [offered.get(name) for offered in unit.offered]
-            if HEAD_NAMES.search(name) and self._is_shared_by_all(name, found, sources):
+            is_untied = untied is not None and name == untied.name
+            if (
+                HEAD_NAMES.search(name)
+                and not is_untied
+                and self._is_shared_by_all(name, found, sources)
+            ):
                 self.heads.dropped.append(name)
                 continue
             if None in found:
-                found = self._with_tied(name, found, sources)
+                found = self._with_tied(name, found, sources, untied if is_untied else None)
             holder = self._only_holder(unit, found)
             if holder is None:
                 yield self._matched(name, unit, sources, found)
@@ -164,17 +174,48 @@ class Matcher:
             for inner, source in zip(found, sources, strict=True)
         )
 
+    def _head_to_untie(self, unit: Unit, sources: list[int]) -> TensorInfo | None:
+        """The own head of the first layers' models, where the last layers' all have tied ones.
+
+        The output's embedding is another than theirs, so theirs has to be written as the head.
+        """
+        own = next(
+            (
+                info
+                for model in unit.after
+                if self._declared_tie(self._index[model]) is not True
+                for info in self._tensors[self._index[model]].values()
+                if is_head(info)
+            ),
+            None,
+        )
+        if own is None or not all(
+            self._declared_tie(source) is not False and self._embedding_like(source, own)
+            for source in sources
+        ):
+            return None
+        return own
+
     def _with_tied(
-        self, name: str, found: list[str | None], sources: list[int]
+        self,
+        name: str,
+        found: list[str | None],
+        sources: list[int],
+        untied: TensorInfo | None = None,
     ) -> list[str | None]:
-        """Where a model has no head because it is tied, its embedding takes the head's place."""
+        """Where a model has no head because it is tied, its embedding takes the head's place.
+
+        `untied` is what the head is like where no model has one.
+        """
         present = next(
             (
                 self._tensors[source][inner]
                 for inner, source in zip(found, sources, strict=True)
                 if inner is not None
-            )
+            ),
+            untied,
         )
+        assert present is not None
         if not is_head(replace(present, name=name)):
             return found
         completed = list(found)
@@ -237,7 +278,7 @@ class Matcher:
             unit.part,
             unit.position(name),
             kept,
-            tuple(ref.name for ref in models),
+            tuple(name if _stands_in(ref.name, name) else ref.name for ref in models),
             models,
             base,
         )
@@ -371,11 +412,12 @@ def head_notes(
 
     Raises:
         RecipeError: the models of the last slice have no head of their own, those of the first do,
-            so the output would have none.
+            so the output would have none; or the head has other rows than the embedding.
     """
-    if any(is_head(info) for info in written):
-        return []
     opened = {checkpoint.reference: checkpoint for checkpoint in checkpoints}
+    if any(is_head(info) for info in written):
+        _check_rows(operands, opened, written)
+        return []
     notes = []
     for section in operands.sections:
         first, last = (
@@ -387,8 +429,8 @@ def head_notes(
         if own is not None:
             raise RecipeError(
                 f"slices: the output would have no output head: {own} has one of its own, but the "
-                f"last slice is made of {last[0]}, which shares its head with its embedding; add "
-                f"{own} to the last slice's sources or end with its layers"
+                f"last slice is made of {last[0]}, which has neither a head nor an embedding in "
+                f"its place; add {own} to the last slice's sources or end with its layers"
             )
         if declared_tie(opened[last[0]].config() or {}):
             notes.append(
@@ -397,6 +439,35 @@ def head_notes(
                 "with another embedding as head"
             )
     return notes
+
+
+def _check_rows(
+    operands: Operands, opened: Mapping[str, Checkpoint], written: Sequence[TensorInfo]
+) -> None:
+    heads = [info for info in written if is_head(info)]
+    tables = [
+        info for info in written if len(info.shape) == 2 and EMBEDDING_NAMES.search(info.name)
+    ]
+    for section in operands.sections:
+        first, last = (section.slices[end].operands[0].model for end in (0, -1))
+        mine, theirs = (opened[model].source.tensors for model in (first, last))
+        for table, head in itertools.product(tables, heads):
+            if (
+                first != last
+                and table.name in mine
+                and table.name in theirs
+                and mine[table.name].shape != theirs[table.name].shape
+                and table.shape[0] != head.shape[0]
+            ):
+                raise RecipeError(
+                    f"slices: the embedding of {first} has {table.shape[0]} rows, the head of "
+                    f"{last} {head.shape[0]}; align the vocabularies with tokenizer_source: union"
+                )
+
+
+def _stands_in(inner: str, name: str) -> bool:
+    """Whether an input tensor is an embedding in the place of a tied head."""
+    return HEAD_NAMES.search(name) is not None and EMBEDDING_NAMES.search(inner) is not None
 
 
 def is_head(info: TensorInfo) -> bool:

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers, within_block
 from fusekit.engine.operands import Operand, Operands, Section, Slice
 from fusekit.errors import RecipeError, did_you_mean
-from fusekit.tokenizers.embedding import HEAD_NAMES
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
 
 _BEFORE_LAYERS = re.compile(
     r"embed|(^|\.)(wte|wpe|shared|conv1|conv2|conv_in|stem|ln_pre|project_in)\."
@@ -37,12 +38,14 @@ in the sense of `layer_range`."""
 class Unit:
     """Tensors that are matched together: per operand (the base first) output name -> input name.
 
-    `positions` gives the relative depth of each output tensor, or of all of them.
+    `positions` gives the relative depth of each output tensor, or of all of them. `after` are, for
+    the tensors after stacked layers, the models whose embedding comes before these.
     """
 
     part: Slice
     offered: tuple[Mapping[str, str], ...]
     positions: Mapping[str, float] | float
+    after: tuple[str, ...] = ()
 
     def position(self, name: str) -> float:
         if isinstance(self.positions, float):
@@ -74,6 +77,14 @@ class Structure:
                 members = stacks.setdefault(layer.stack, [{} for _ in range(layer.depth)])
                 members[layer.rank][within_block(name, layer)] = name
         return stacks
+
+    def uniform_shapes(self, stack: str) -> dict[str, tuple[int, ...]]:
+        """Name within the block -> shape, of the tensors that have one shape in all blocks."""
+        shapes: dict[str, set[tuple[int, ...]]] = {}
+        for block in self.blocks.get(stack, []):
+            for within, name in block.items():
+                shapes.setdefault(within, set()).add(self.checkpoint.source.tensors[name].shape)
+        return {within: found.pop() for within, found in shapes.items() if len(found) == 1}
 
     def is_dense(self, stack: str) -> bool:
         """Whether the numbers of a stack's blocks have no gaps."""
@@ -108,7 +119,8 @@ def units(
 
     Raises:
         RecipeError: a layer range beyond a model's layers, several stacks of layers where only one
-            can be meant, a module that no tensor or a tensor that no module belongs to.
+            can be meant, layers of different sizes, a module that no tensor or a tensor that no
+            module belongs to.
     """
     made: list[Unit] = []
     stacks: list[StackedLayers] = []
@@ -118,6 +130,7 @@ def units(
             made.append(_whole(section, modules, structures))
         else:
             stacked = _Stacked(section, modules, structures)
+            stacked.check_sizes(operands.reference)
             made.extend(stacked.units())
             stacks.append(stacked.origins())
     return made, stacks
@@ -223,6 +236,42 @@ class _Stacked:
             )
         return large[0]
 
+    def check_sizes(self, reference: str) -> None:
+        """Refuse layers that one config cannot describe.
+
+        Raises:
+            RecipeError: models of different width, or tensors that have one shape in all layers of
+                a model and another in those of another, where the config of `reference` has no
+                numbers per layer.
+        """
+        first = self._section.slices[0].operands[0].model
+        for other in dict.fromkeys([*self._names, reference]):
+            for what, shape, theirs in self._differences(first, other, reference):
+                raise RecipeError(
+                    f"slices: {what} has shape {list(shape)} in {first} but {list(theirs)} in "
+                    f"{other}; slices take layers of models of one size"
+                )
+
+    def _differences(
+        self, first: str, other: str, reference: str
+    ) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+        mine, theirs = (
+            self._structures[model].checkpoint.source.tensors for model in (first, other)
+        )
+        for name in self._names[first]:
+            if name in theirs and self._structures[first].layers[name] is None:
+                ours, others = mine[name].shape, theirs[name].shape
+                if _width(name, ours) != _width(name, others):
+                    yield repr(name), ours, others
+        stack = self._stacks[first]
+        depth = len(self._structures[first].blocks[stack])
+        if _has_numbers_per_layer(self._structures[reference].checkpoint.config() or {}, depth):
+            return
+        others_shapes = self._structures[other].uniform_shapes(self._stacks.get(other, stack))
+        for within, shape in self._structures[first].uniform_shapes(stack).items():
+            if others_shapes.get(within, shape) != shape:
+                yield f"{within!r} of every layer", shape, others_shapes[within]
+
     def units(self) -> Iterator[Unit]:
         """Tensors before the layers, the layers, tensors after them."""
         slices = self._section.slices
@@ -275,8 +324,27 @@ class _Stacked:
                 and _comes_before(name) == before
             ]
             offered.append({name: name for name in names})
-        return Unit(part, tuple(offered), 0.0)
+        after = () if before else tuple(each.model for each in self._section.slices[0].operands)
+        return Unit(part, tuple(offered), 0.0, after)
 
 
 def _comes_before(name: str) -> bool:
     return HEAD_NAMES.search(name) is None and _BEFORE_LAYERS.search(name) is not None
+
+
+def _width(name: str, shape: tuple[int, ...]) -> int | None:
+    """The model's width as a tensor outside the layers shows it: a norm, a table of tokens."""
+    is_vocabulary = bool(EMBEDDING_NAMES.search(name) or HEAD_NAMES.search(name))
+    return shape[-1] if len(shape) == (2 if is_vocabulary else 1) else None
+
+
+def _has_numbers_per_layer(config: Mapping[str, Any], depth: int) -> bool:
+    """Whether a config lists numbers layer by layer, such as the sizes of its MLPs."""
+    return any(
+        _has_numbers_per_layer(value, depth)
+        if isinstance(value, Mapping)
+        else isinstance(value, list)
+        and len(value) == depth
+        and all(isinstance(each, int | float) and not isinstance(each, bool) for each in value)
+        for value in config.values()
+    )

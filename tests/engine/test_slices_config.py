@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import fusekit
 from fusekit import RecipeError
@@ -87,11 +88,86 @@ def test_slices_of_different_tied_models_warn_of_the_head(tmp_path: Path) -> Non
     assert merge(tmp_path, **passthrough((a, 0, 2), (b, 1, 3), (a, 1, 3)))[2] == []
 
 
+@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stated", [True, None])
+def test_a_tied_head_after_another_embedding_is_written(
+    tmp_path: Path, stored: bool, stated: bool | None
+) -> None:
+    own = model(tmp_path, "own", 1.0, tied=False)
+    tied = model(tmp_path, "tied", 2.0, tied=stated, head=False)
+    if stored and stated:  # the file repeats what its config says is tied
+        path = tmp_path / "tied/model.safetensors"
+        save_file({**load_file(path), HEAD: load_file(path)[EMBED]}, path)
+    merged, config, _ = merge(tmp_path, **passthrough((own, 0, 2), (tied, 1, 3)))
+    np.testing.assert_array_equal(merged[EMBED], np.full((8, 4), 1.0))
+    np.testing.assert_array_equal(merged[HEAD], np.full((8, 4), 2.0))
+    assert config["tie_word_embeddings"] is False
+
+
 def test_a_head_that_slices_lose_is_refused(tmp_path: Path) -> None:
     own = model(tmp_path, "own", 1.0, tied=False)
-    tied = model(tmp_path, "tied", 2.0, tied=True, head=False)
+    headless = model(tmp_path, "headless", 2.0, tied=False, head=False)
     with pytest.raises(RecipeError, match=r"the output would have no output head: .*own has one"):
-        fusekit.plan(passthrough((own, 0, 2), (tied, 1, 3)))
+        fusekit.plan(passthrough((own, 0, 2), (headless, 1, 3)))
+
+
+def test_layers_of_models_of_another_width_are_refused(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 1.0, width=5)
+    expected = (
+        r"has shape \[8, 4\] in \S*a but \[8, 5\] in \S*b; slices take layers of models of one"
+    )
+    for ranges in ([(a, 0, 2), (b, 1, 3)], [(a, 0, 2), (b, 1, 3), (a, 0, 1)]):
+        with pytest.raises(RecipeError, match=expected):
+            fusekit.plan(passthrough(*ranges))
+    with pytest.raises(RecipeError, match=expected):  # the base's config would be carried over
+        fusekit.plan({**passthrough((a, 0, 2), (a, 1, 3)), "base_model": b})
+
+
+def test_layers_of_another_size_need_a_config_that_lists_sizes(tmp_path: Path) -> None:
+    def sized(name: str, rows: int, **settings: Any) -> str:
+        own = {f"model.layers.{i}.mlp.up_proj.weight": np.ones((rows, 4)) for i in range(3)}
+        config = {"num_hidden_layers": 3, **settings}
+        write_model(tmp_path / name, {**tensors(1.0), **own}, config)
+        return str(tmp_path / name)
+
+    ranges = (sized("a", 4), 0, 2), (sized("b", 6), 1, 3)
+    expected = r"'mlp.up_proj.weight' of every layer has shape \[4, 4\] in \S*a but \[6, 4\] in"
+    with pytest.raises(RecipeError, match=expected):
+        fusekit.plan(passthrough(*ranges))
+    ranges = (
+        (sized("listed_a", 4, intermediate_size=[4, 4, 4]), 0, 2),
+        (sized("listed_b", 6, intermediate_size=[6, 6, 6]), 1, 3),
+    )
+    merged, config, _ = merge(tmp_path, **passthrough(*ranges))
+    assert config["intermediate_size"] == [4, 4, 6, 6]
+    assert merged["model.layers.3.mlp.up_proj.weight"].shape == (6, 4)
+
+
+def test_a_head_of_another_vocabulary_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 1.0, rows=9)
+    with pytest.raises(
+        RecipeError, match=r"the embedding of \S*a has 8 rows, the head of \S*b 9; align"
+    ):
+        fusekit.plan(passthrough((a, 0, 2), (b, 1, 3)))
+
+
+def test_parameters_of_a_tied_head_go_by_the_heads_name(tmp_path: Path) -> None:
+    own = model(tmp_path, "own", 1.0, tied=False)
+    tied = model(tmp_path, "tied", 3.0, tied=True, head=False)
+    weights = [
+        {"filter": "embed", "value": 3.0},
+        {"filter": "lm_head", "value": 0.5},
+        {"value": 1.0},
+    ]
+    models = [
+        {"model": own, "parameters": {"weight": 0.5}},
+        {"model": tied, "parameters": {"weight": weights}},
+    ]
+    merged, _, _ = merge(
+        tmp_path, merge_method="linear", models=models, parameters={"normalize": False}
+    )
+    np.testing.assert_allclose(merged[HEAD], np.full((8, 4), 0.5 * -1.0 + 0.5 * 3.0))
+    np.testing.assert_allclose(merged[EMBED], np.full((8, 4), 0.5 * 1.0 + 3.0 * 3.0))
 
 
 def test_a_head_that_slices_bring_is_not_called_tied(tmp_path: Path) -> None:
