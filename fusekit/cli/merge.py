@@ -35,13 +35,15 @@ def merge(
         ),
     ] = None,
     threads: Annotated[
-        int | None, typer.Option(min=1, help="Worker threads; default all processors.")
+        int | None, typer.Option(min=1, metavar="N", help="Worker threads; default all processors.")
     ] = None,
     device: Annotated[
-        str, typer.Option(help="Where whole matrices are merged: cpu, cuda, cuda:1.")
+        str,
+        typer.Option(metavar="DEVICE", help="Where whole matrices are merged: cpu, cuda, cuda:1."),
     ] = "cpu",
     out_shard_size: Annotated[
-        str, typer.Option(help="Largest size of a weight file, such as 5GB or 500MB.")
+        str,
+        typer.Option(metavar="SIZE", help="Largest size of a weight file, such as 5GB or 500MB."),
     ] = "5GB",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and stop: nothing is written.")
@@ -50,7 +52,6 @@ def merge(
         bool,
         typer.Option(
             "--resume/--no-resume",
-            " /--restart",
             help="Continue an interrupted merge, or start over.",
         ),
     ] = True,
@@ -63,6 +64,7 @@ def merge(
     work: Annotated[
         Path | None,
         typer.Option(
+            metavar="DIR",
             help="Working folder of an output to a URL; default in ~/.cache/fusekit.",
             show_default=False,
         ),

@@ -22,7 +22,6 @@ def moe(
         bool,
         typer.Option(
             "--resume/--no-resume",
-            " /--restart",
             help="Continue an interrupted run, or start over.",
         ),
     ] = True,

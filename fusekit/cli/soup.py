@@ -56,7 +56,7 @@ def soup(
         if accept is not Accept.KEEPS or minimum_gain or restarts:
             raise typer.BadParameter("--accept, --minimum-gain and --restarts need --evaluate")
         uniform_soup_folder(models, out, threads=threads, overwrite=overwrite)
-        print(f"{out}: the average of {len(models)} models")
+        print(f"{out}: the average of {len(models)} model{'s' * (len(models) > 1)}")
         return
 
     def show(indices: Sequence[int], value: float) -> None:

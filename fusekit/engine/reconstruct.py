@@ -22,7 +22,7 @@ from fusekit.engine.manifest import MANIFEST
 from fusekit.engine.operands import choose_operands
 from fusekit.engine.planner import plan_checkpoints
 from fusekit.engine.run import MergeReport, run_plan
-from fusekit.errors import CheckpointError, FusekitError, did_you_mean
+from fusekit.errors import CheckpointError, FusekitError
 from fusekit.methods.base import Block, Combine, Method, Parameter, Summary, Tensor
 from fusekit.methods.task_masks import mask_bytes
 from fusekit.progress import Progress
@@ -126,8 +126,7 @@ def _task_index(side: SafetensorsFile, task: str) -> int:
     tasks = _tasks(side)
     if task not in tasks:
         raise FusekitError(
-            f"{side.label}: no task {task!r}{did_you_mean(task, tasks)}; "
-            f"its tasks are {', '.join(tasks)}"
+            f"{side.label}: found no task {task!r}, expected one of {', '.join(map(repr, tasks))}"
         )
     return tasks.index(task)
 

@@ -60,7 +60,7 @@ def advise(situation: Situation) -> tuple[Advice, ...]:
 
 def leave_out(situation: Situation) -> Iterator[Advice]:
     """Models that a weight merge cannot use."""
-    for finding in situation.about("unrelated"):
+    for finding in situation.about("disjoint") + situation.about("unrelated"):
         yield Advice(
             f"Leave out {finding.models[0]}, or name the base it really comes from: arithmetic on "
             "its weights would be noise. To use what it knows, distil or route instead.",

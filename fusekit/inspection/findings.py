@@ -41,6 +41,7 @@ def find_all(evidence: Evidence) -> tuple[Finding, ...]:
     """Every finding, the gravest first."""
     looked = (
         nonfinite,
+        disjoint,
         unrelated,
         shapes,
         vocabularies,
@@ -72,6 +73,19 @@ def nonfinite(evidence: Evidence) -> Iterator[Finding]:
                 "nonfinite",
                 f"{name}: {sum(bad.values())} NaN or infinite values in {_count(bad, 'tensor')}, "
                 f"most of them ({bad[worst]}) in {worst!r}; a merge refuses them",
+                (name,),
+            )
+
+
+def disjoint(evidence: Evidence) -> Iterator[Finding]:
+    """Checkpoints that have no tensor in common with the first one."""
+    for index, name in enumerate(evidence.names[1:], start=1):
+        if not any({0, index} <= set(found.comparison.infos) for found in evidence.measurements):
+            yield Finding(
+                "stop",
+                "disjoint",
+                f"{name} and {evidence.names[0]} have no tensor name in common: not the same "
+                "architecture",
                 (name,),
             )
 

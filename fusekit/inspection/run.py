@@ -176,11 +176,11 @@ def _inspection(
 
 
 def _mergeable(models: Sequence[str], findings: Iterable[Finding]) -> list[int]:
-    """Indices of the models that are neither strangers to the base nor copies of another model."""
+    """Indices of the models that are neither strangers to the others nor copies of another one."""
     left_out = {
         finding.models[0]
         for finding in findings
-        if finding.subject in ("unrelated", "duplicate_model")
+        if finding.subject in ("disjoint", "unrelated", "duplicate_model")
     }
     return [i for i, name in enumerate(models) if name not in left_out]
 

@@ -259,6 +259,18 @@ def test_missing_and_misshapen_tensors_are_named() -> None:
     assert "[160, 95]" in texts["shapes"]
 
 
+def test_checkpoints_without_a_common_tensor_cannot_be_merged() -> None:
+    other = {f"transformer.h.0.{name}": value for name, value in BASE.items()}
+    findings = inspect([moved(BASE, FIRST), other], base=BASE).findings
+    (found,) = [finding for finding in findings if finding.subject == "disjoint"]
+    assert found.severity == "stop"
+    assert "model 2 and base have no tensor name in common" in found.text
+    alone = inspect([BASE, other]).findings
+    assert [finding.text for finding in alone if finding.subject == "disjoint"] == [
+        "model 2 and model 1 have no tensor name in common: not the same architecture"
+    ]
+
+
 def test_groups_add_up_to_the_whole_model() -> None:
     found = inspect([moved(BASE, FIRST), moved(BASE, SECOND)], base=BASE)
     assert found.whole is not None
