@@ -382,7 +382,7 @@ def test_refuses_two_tasks_of_one_name(tmp_path: Path) -> None:
 def test_refuses_an_unknown_task_and_lists_the_known_ones(tmp_path: Path) -> None:
     models, base = setting(19, 2)
     merged = merge(tmp_path, models, base, "emr")
-    with pytest.raises(FusekitError, match=r"no task 'taks1'.*its tasks are task0, task1"):
+    with pytest.raises(FusekitError, match=r"no task 'taks1', expected one of 'task0', 'task1'"):
         fusekit.reconstruct(merged, "taks1")
 
 
@@ -453,4 +453,4 @@ def test_the_command_line_rebuilds_an_expert(tmp_path: Path) -> None:
     assert "merged-task1: 3 tensors" in done.stdout
     wrong = subprocess.run([*command, "task9"], capture_output=True, text=True, check=False)
     assert wrong.returncode == 2
-    assert "its tasks are task0, task1" in wrong.stderr
+    assert "expected one of 'task0', 'task1'" in wrong.stderr
