@@ -128,7 +128,7 @@ def _extent(name: str, entry: Any, data_start: int, label: str) -> Extent:
             f"{place}: {len(shape)} dimensions, expected at most {MAX_DIMENSIONS}"
         )
     numbers = (*shape, begin, end)
-    if any(type(number) is not int or not 0 <= number < 2**63 for number in numbers):
+    if set(map(type, numbers)) != {int} or min(numbers) < 0 or max(numbers) >= 2**63:
         raise CheckpointError(f"{place}: shape and offsets must be non-negative 64-bit integers")
     dtype = DTYPES[dtype_name]
     expected = math.prod(shape) * dtype.itemsize

@@ -467,7 +467,7 @@ def _check_rows(
 
 def _stands_in(inner: str, name: str) -> bool:
     """Whether an input tensor is an embedding in the place of a tied head."""
-    return HEAD_NAMES.search(name) is not None and EMBEDDING_NAMES.search(inner) is not None
+    return inner != name and bool(HEAD_NAMES.search(name) and EMBEDDING_NAMES.search(inner))
 
 
 def is_head(info: TensorInfo) -> bool:

@@ -96,6 +96,8 @@ def _collector_paused() -> Iterator[None]:
         yield
     finally:
         if running:
+            gc.freeze()  # takes what is new for old, which unfreezing leaves it:
+            gc.unfreeze()  # the collector would else walk all of it at once
             gc.enable()
 
 

@@ -24,9 +24,14 @@ def check_rules(planned: Iterable[PlannedTensor]) -> None:
         RecipeError: parameters that do not fit together, or not the same within a group.
     """
     asked: dict[tuple[str, int], tuple[PlannedTensor, Hashable]] = {}
+    begun: set[Hashable] = set()
     for tensor in planned:
         if tensor.kind != "merge" or tensor.is_whole or tensor.method.continual:
             continue
+        alike = _settings(tensor)
+        if alike in begun:
+            continue
+        begun.add(alike)
         request = _first_request(tensor.method.rule(tensor.tensor))
         if request is not None and request.scope == "tensor":
             continue
@@ -35,6 +40,14 @@ def check_rules(planned: Iterable[PlannedTensor]) -> None:
         first, expected = asked.setdefault((group, tensor.tensor.models), (tensor, key))
         if key != expected:
             raise differing(first, tensor)
+
+
+def _settings(planned: PlannedTensor) -> Hashable:
+    """What a tensor shares with those whose rules begin alike: values given once are one object."""
+    tensor = planned.tensor
+    group = None if tensor.granularity == "tensor" else planned.group
+    values = id(tensor.parameters), id(tensor.model_parameters)
+    return group, values, tensor.shape, tensor.group_size, tensor.models, tensor.has_base
 
 
 def _first_request(steps: Generator[Summary, Any, Combine]) -> Summary | None:
