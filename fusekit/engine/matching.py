@@ -412,12 +412,11 @@ def head_notes(
 
     Raises:
         RecipeError: the models of the last slice have no head of their own, those of the first do,
-            so the output would have none; or the head has other rows than the embedding.
+            so the output would have none.
     """
     opened = {checkpoint.reference: checkpoint for checkpoint in checkpoints}
     if any(is_head(info) for info in written):
-        _check_rows(operands, opened, written)
-        return []
+        return _row_notes(operands, opened, written)
     notes = []
     for section in operands.sections:
         first, last = (
@@ -441,9 +440,11 @@ def head_notes(
     return notes
 
 
-def _check_rows(
+def _row_notes(
     operands: Operands, opened: Mapping[str, Checkpoint], written: Sequence[TensorInfo]
-) -> None:
+) -> list[str]:
+    """Where slices take the head from a model with another number of tokens."""
+    notes = []
     heads = [info for info in written if is_head(info)]
     tables = [
         info for info in written if len(info.shape) == 2 and EMBEDDING_NAMES.search(info.name)
@@ -459,10 +460,12 @@ def _check_rows(
                 and mine[table.name].shape != theirs[table.name].shape
                 and table.shape[0] != head.shape[0]
             ):
-                raise RecipeError(
-                    f"slices: the embedding of {first} has {table.shape[0]} rows, the head of "
-                    f"{last} {head.shape[0]}; align the vocabularies with tokenizer_source: union"
+                notes.append(
+                    f"the embedding of {first} has {table.shape[0]} rows, the head of {last} "
+                    f"{head.shape[0]}: few libraries load that; align the vocabularies with "
+                    "tokenizer_source: union"
                 )
+    return notes
 
 
 def _stands_in(inner: str, name: str) -> bool:

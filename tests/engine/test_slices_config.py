@@ -143,12 +143,11 @@ def test_layers_of_another_size_need_a_config_that_lists_sizes(tmp_path: Path) -
     assert merged["model.layers.3.mlp.up_proj.weight"].shape == (6, 4)
 
 
-def test_a_head_of_another_vocabulary_than_the_embedding_is_refused(tmp_path: Path) -> None:
+def test_a_head_of_another_vocabulary_than_the_embedding_is_pointed_out(tmp_path: Path) -> None:
     a, b = model(tmp_path, "a", 1.0), model(tmp_path, "b", 1.0, rows=9)
-    with pytest.raises(
-        RecipeError, match=r"the embedding of \S*a has 8 rows, the head of \S*b 9; align"
-    ):
-        fusekit.plan(passthrough((a, 0, 2), (b, 1, 3)))
+    (warning,) = merge(tmp_path, **passthrough((a, 0, 2), (b, 1, 3)))[2]
+    assert f"the embedding of {a} has 8 rows, the head of {b} 9: few libraries load" in warning
+    assert merge(tmp_path, **passthrough((a, 0, 2), (b, 1, 3), (a, 2, 3)))[2] == []
 
 
 def test_parameters_of_a_tied_head_go_by_the_heads_name(tmp_path: Path) -> None:
