@@ -19,6 +19,7 @@ class Alignment:
     *fallback* rows of `j`: `(fallback_model[t], fallback_row[t])` for `t` from
     `fallback_start[j]` to `fallback_start[j + 1]`; no fallback row means zeros. The fallback does
     not depend on the model that lacks the row. Rows from `size` on are the mean of the rows before.
+    `ids[m, j]` is the id of `j` in `m`, -1 for none, also where `m` is to take another row for it.
     """
 
     models: tuple[str, ...]
@@ -26,21 +27,18 @@ class Alignment:
     fallback_start: Ids
     fallback_model: Ids
     fallback_row: Ids
+    ids: Ids
     size: int
     rows: int
 
     @classmethod
-    def of(
-        cls, models: tuple[str, ...], own: Ids, fallback: Ids, rows: int | None = None
-    ) -> Alignment:
-        """From dense tables `(models, size)`: own rows and fallback rows, -1 for none."""
+    def of(cls, models: tuple[str, ...], own: Ids, fallback: Ids, ids: Ids, rows: int) -> Alignment:
+        """From dense tables `(models, size)`: own rows, fallback rows and ids, -1 for none."""
         size = own.shape[1]
         token, model = np.nonzero(fallback.T >= 0)
         start = np.zeros(size + 1, np.int64)
         np.cumsum(np.bincount(token, minlength=size), out=start[1:])
-        return cls(
-            models, own, start, model, fallback[model, token], size, size if rows is None else rows
-        )
+        return cls(models, own, start, model, fallback[model, token], ids, size, rows)
 
     @cached_property
     def index(self) -> dict[str, int]:
@@ -54,8 +52,8 @@ class Alignment:
 
     def new_ids(self, model: str, rows: int) -> Ids:
         """The other direction: output id of each of the model's `rows` old ids, -1 for none."""
-        own = self.own[self.index[model]]
-        known = np.flatnonzero((own >= 0) & (own < rows))[::-1]
+        ids = self.ids[self.index[model]]
+        known = np.flatnonzero((ids >= 0) & (ids < rows))[::-1]
         new = np.full(rows, -1, np.int64)
-        new[own[known]] = known
+        new[ids[known]] = known
         return new

@@ -67,12 +67,14 @@ def vocabulary_tensors(
     tensors: Mapping[str, TensorInfo], *, tokens: int, vocab_size: int | None = None
 ) -> dict[str, VocabularyTensor]:
     """The embedding and head tensors of a checkpoint: known by name, with a side as long as its
-    vocabulary (`vocab_size` of the config, or at least `tokens`, the tokenizer's largest id + 1).
+    vocabulary (`vocab_size` of the config, or at least that or `tokens`, the tokenizer's largest
+    id + 1).
 
     Raises:
         CheckpointError: a 2-d tensor is named like an embedding or a head but has no such side.
     """
     found: dict[str, VocabularyTensor] = {}
+    least = tokens if vocab_size is None else min(tokens, vocab_size)
     for name, info in tensors.items():
         role: Literal["embedding", "head"]
         if EMBEDDING_NAMES.search(name):
@@ -82,11 +84,11 @@ def vocabulary_tensors(
         else:
             continue
         exact = [axis for axis, side in enumerate(info.shape) if side == vocab_size]
-        ample = [axis for axis, side in enumerate(info.shape) if side >= tokens]
+        ample = [axis for axis, side in enumerate(info.shape) if side >= least]
         if not exact and not ample:
             raise CheckpointError(
                 f"tensor {name!r}: shape {list(info.shape)} has no side for the vocabulary: "
-                f"expected {vocab_size if vocab_size is not None else f'at least {tokens}'}"
+                f"expected at least {least}"
             )
         found[name] = VocabularyTensor(info, role, (exact or ample)[0])
     return found

@@ -367,11 +367,12 @@ def _align(
         others = np.arange(len(inputs)) != position
         fallback[np.ix_(others, several)] = -1
     _align_unused(own, fallback, inputs, usable, columns, references.index(origin.reference))
+    known = own.copy()
     for token, override in spec.tokens.items():
         _apply_override(token, override, ids[token], own, fallback, inputs, usable)
 
     multiple = spec.pad_to_multiple_of or 1
-    return Alignment.of(references, own, fallback, -(-size // multiple) * multiple)
+    return Alignment.of(references, own, fallback, known, -(-size // multiple) * multiple)
 
 
 def _align_unused(

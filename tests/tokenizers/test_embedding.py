@@ -338,8 +338,13 @@ def test_the_stated_size_decides_the_axis():
     assert found["lm_head.weight"].rows == 128
 
 
+def test_a_matrix_may_have_more_rows_than_the_config_says_and_fewer_than_there_are_tokens():
+    found = vocabulary_tensors(_infos(lm_head__weight=(9, 4)), tokens=10, vocab_size=8)
+    assert (found["lm_head.weight"].axis, found["lm_head.weight"].rows) == (0, 9)
+
+
 def test_a_side_that_fits_no_vocabulary_is_refused():
-    with pytest.raises(CheckpointError, match=r"'lm_head\.weight': shape \[5, 4\].*expected 9"):
+    with pytest.raises(CheckpointError, match=r"'lm_head\.weight': shape \[5, 4\].*least 8"):
         vocabulary_tensors(_infos(lm_head__weight=(5, 4)), tokens=8, vocab_size=9)
     with pytest.raises(CheckpointError, match="expected at least 8"):
         vocabulary_tensors(_infos(lm_head__weight=(5, 4)), tokens=8)

@@ -493,6 +493,14 @@ def test_token_ids_of_configs_move_to_the_output_vocabulary():
     assert remapped_config({"bos_token_id": 1}, np.array([0, -1])) == {"bos_token_id": None}
 
 
+def test_token_ids_stay_those_of_tokens_with_forced_rows():
+    vocabularies = {"A": vocabulary(["a", "<s>"]), "B": vocabulary(["<s>", "a", "<t>"])}
+    spec = TokenizerSpec(tokens={"<s>": TokenOverride(ModelRow("B", "<t>"), force=True)})
+    merged, _ = aligned_matrices(vocabularies, _matrices(vocabularies), spec, base="A")
+    np.testing.assert_array_equal(merged.alignment.new_ids("A", 2), [0, 1])
+    np.testing.assert_array_equal(merged.alignment.new_ids("B", 3), [1, 0, 2])
+
+
 def test_vocab_size_is_found_and_changed_where_it_stands():
     assert config_vocab_size({"text_config": {"vocab_size": 7}}) == 7
     assert config_vocab_size(None) is None
