@@ -32,6 +32,9 @@ class MoeLayout:
     shared_counts: tuple[int, ...] = (0,)
     attention_biases: bool = False
     """Whether q, k and v have biases, which are made zero where the base has none."""
+    fusable: bool = True
+    """Whether programs read the experts of a layer as `mlp.experts.gate_up_proj` and
+    `mlp.experts.down_proj`, with the router in `mlp.gate.weight`."""
     correction: str | None = None
     """The name of per-expert corrections of scores, which are made zero. Their routers score by
     sigmoids, which would saturate for rows of length 1: the rows get the length 1 / sqrt(H)."""
@@ -157,6 +160,7 @@ LAYOUTS = {
             _deepseek_v1,
             shared="mlp.shared_experts.{projection}.weight",
             shared_counts=(0, 1),
+            fusable=False,
         ),
     )
 }

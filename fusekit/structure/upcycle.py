@@ -32,6 +32,7 @@ from fusekit.errors import CheckpointError, RecipeError, did_you_mean
 from fusekit.methods.registry import find
 from fusekit.recipe.documents import read_documents
 from fusekit.recipe.schema import Reference, load_recipe
+from fusekit.structure.fused import StackedSource
 from fusekit.structure.layouts import PROJECTIONS, MoeLayout, choose_layout, complete_config
 from fusekit.structure.prompts import GateMode, prompt_rows
 from fusekit.structure.routers import Array, degenerate_layers
@@ -39,6 +40,8 @@ from fusekit.structure.routers import Array, degenerate_layers
 _MLP = re.compile(r"^(?P<layer>.*\blayers\.(?P<index>\d+))\.mlp\.(?P<name>\w+)\.weight$")
 _RANDOM = ("random", "uniform_random")
 _NOISE_ELEMENTS = 1 << 16
+_ROUTER = "mlp.gate.weight"
+"""A router's name beside fused experts."""
 
 METHOD = replace(
     find("passthrough"),
@@ -78,6 +81,7 @@ class MoeRecipe(_Strict):
     gate_mode: GateMode = "hidden"
     experts_per_token: int = Field(default=2, ge=1)
     architecture: str | None = None
+    fused_experts: bool = False
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     seed: int = Field(default=0, ge=0)
 
@@ -134,10 +138,11 @@ def _check_experts(recipe: MoeRecipe) -> None:
         raise RecipeError(
             "experts: all have the same prompts, so the router cannot tell them apart"
         )
-    if count > 1 and len({expert.source_model for expert in recipe.experts}) == 1:
+    made = {(expert.source_model, expert.residual_scale) for expert in recipe.experts}
+    if count > 1 and len(made) == 1 and not any(expert.noise_scale for expert in recipe.experts):
         raise RecipeError(
-            "experts: all are the same model, so the mixture equals it; use different models, or "
-            "gate_mode: random and train"
+            "experts: all are the same model, so the mixture equals it; use different models, a "
+            "noise_scale, or gate_mode: random and train"
         )
 
 
@@ -213,6 +218,10 @@ class _Mixture:
         self.layout: MoeLayout = choose_layout(
             recipe.architecture, self.config.get("model_type"), len(recipe.shared_experts)
         )
+        if recipe.fused_experts and not self.layout.fusable:
+            raise RecipeError(
+                f"fused_experts: no program reads fused experts of {self.layout.name}; leave it out"
+            )
         self._mlp = {
             name: match
             for name in self.base.source.tensors
@@ -242,7 +251,32 @@ class _Mixture:
             assert self.layout.shared is not None
             parts.append(self._expert(expert, self.layout.shared, len(self.recipe.experts)))
         parts.append(MemorySource(self._made(routers), "routers"))
-        return ShardedSource(self.base.source.label, parts)
+        whole = ShardedSource(self.base.source.label, parts)
+        return self._fused(whole) if self.recipe.fused_experts else whole
+
+    def _fused(self, source: TensorSource) -> TensorSource:
+        """`gate_up_proj` (experts, 2 I, H), gate before up, and `down_proj` (experts, H, I)."""
+        count = len(self.recipe.experts)
+        stacks: dict[str, tuple[list[str], tuple[int, ...]]] = {}
+        for layer in self.layers:
+            inner, hidden = self.base.source.tensors[f"{layer}.mlp.gate_proj.weight"].shape
+            for name, projections, shape in (
+                ("gate_up_proj", ("gate_proj", "up_proj"), (count, 2 * inner, hidden)),
+                ("down_proj", ("down_proj",), (count, hidden, inner)),
+            ):
+                parts = [
+                    f"{layer}.{self._expert_name(i, projection)}"
+                    for i in range(count)
+                    for projection in projections
+                ]
+                stacks[f"{layer}.mlp.experts.{name}"] = parts, shape
+        stacked = StackedSource(source, stacks, self.dtype)
+        router = {f"{layer}.{self.layout.router}": f"{layer}.{_ROUTER}" for layer in self.layers}
+        return RenamedSource(stacked, {router.get(name, name): name for name in stacked.tensors})
+
+    def _expert_name(self, expert: int, projection: str) -> str:
+        renamed = self.layout.projections[projection]
+        return self.layout.expert.format(expert=expert, projection=renamed)
 
     def has_other_types(self) -> bool:
         """Whether experts come in another element type than the base's MLPs."""

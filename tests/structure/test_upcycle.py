@@ -229,6 +229,43 @@ def test_recipes_that_cannot_work_are_refused(change: dict[str, Any], message: s
     assert message in str(caught.value)
 
 
+def test_experts_of_one_model_may_differ_by_noise() -> None:
+    prompted = [
+        {"source_model": "a", "positive_prompts": [p], "noise_scale": s}
+        for p, s in (("x", None), ("y", 0.01))
+    ]
+    assert load_moe_recipe({"base_model": "a", "experts": prompted}).gate_mode == "hidden"
+
+
+def test_fused_experts_are_the_others_end_to_end(tmp_path: Path) -> None:
+    base, a, b = (dense(tmp_path, name, seed) for seed, name in enumerate(("base", "a", "b")))
+    rounded = {
+        key: value.astype(np.float16) for key, value in load_file(f"{b}/model.safetensors").items()
+    }
+    save_file(rounded, f"{b}/model.safetensors")
+    settings = recipe(base, a, b)
+    settings["experts"][0] |= {"noise_scale": 0.01, "residual_scale": 0.5}
+    upcycle(settings, tmp_path / "apart", threads=1)
+    upcycle({**settings, "fused_experts": True}, tmp_path / "fused", threads=2)
+    apart, fused = (load_file(tmp_path / out / "model.safetensors") for out in ("apart", "fused"))
+    for layer in range(2):
+        experts = f"model.layers.{layer}.block_sparse_moe.experts"
+        w1, w2, w3 = (
+            np.stack([apart.pop(f"{experts}.{i}.w{w}.weight") for i in range(2)]) for w in (1, 2, 3)
+        )
+        place = f"model.layers.{layer}.mlp"
+        np.testing.assert_array_equal(
+            fused.pop(f"{place}.experts.gate_up_proj"), np.concatenate([w1, w3], axis=1)
+        )
+        np.testing.assert_array_equal(fused.pop(f"{place}.experts.down_proj"), w2)
+        router = apart.pop(f"model.layers.{layer}.block_sparse_moe.gate.weight")
+        np.testing.assert_array_equal(fused.pop(f"{place}.gate.weight"), router)
+    assert fused.keys() == apart.keys()
+    with pytest.raises(RecipeError, match=r"fused_experts: no program reads .* of deepseek_v1"):
+        changed = {"fused_experts": True, "architecture": "deepseek_v1"}
+        upcycle({**settings, **changed}, tmp_path / "refused")
+
+
 def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     base, other = dense(tmp_path, "base", 0), dense(tmp_path, "b", 1, inner=6)
     with pytest.raises(CheckpointError, match=r"shape \[8, 6\], expected shape \[8, 12\]"):

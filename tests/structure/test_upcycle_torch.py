@@ -109,6 +109,22 @@ def test_a_mixture_of_equal_experts_is_the_dense_model(
         )
 
 
+@pytest.mark.parametrize("family", [name for name in LAYOUTS if "v1" not in name])
+def test_fused_experts_load_as_the_same_mixture(family: str, tmp_path: Path) -> None:
+    layout = family.split()[0]
+    for seed, name in enumerate(("base", "a", "b")):
+        dense(tmp_path / name, family, seed)
+    recipe = recipe_of(tmp_path, layout, "a", "b")
+    if 0 not in LAYOUTS_BY_NAME[layout].shared_counts:
+        recipe["shared_experts"] = [{"source_model": str(tmp_path / "base")}]
+    upcycle(recipe, tmp_path / "apart", threads=2)
+    upcycle({**recipe, "fused_experts": True}, tmp_path / "fused", threads=2)
+    ids = torch.tensor([[1, 5, 9, 30]])
+    with torch.no_grad():
+        expected = load(tmp_path / "apart")(ids).logits
+        assert torch.equal(load(tmp_path / "fused")(ids).logits, expected)
+
+
 def test_an_ungated_shared_expert_is_added_to_the_others(tmp_path: Path) -> None:
     """With a shared expert of weight -1 every MLP cancels: attention alone is left."""
     model = dense(tmp_path / "base", "deepseek", 0)
