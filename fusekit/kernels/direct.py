@@ -368,12 +368,28 @@ def _deviate(
 
 
 @njit(nogil=True, cache=True)
+def _variance_of_three(first: Array, second: Array, third: Array, base: Array, out: Array) -> None:
+    """`variance_of_run` without working memory."""
+    share = 1.0 / 3
+    for i in range(out.size):
+        origin = from_bf16(base[i])
+        zero = np.float64(from_bf16(first[i]) - origin)
+        x = np.float64(from_bf16(second[i]) - origin) - zero
+        y = np.float64(from_bf16(third[i]) - origin) - zero
+        mean = (x + y) * share
+        out[i] = (x * x + y * y) * share - mean * mean
+
+
+@njit(nogil=True, cache=True)
 def variance_of_run(bits: Array, start: int, total: Array, square: Array, out: Array) -> None:
     """`variance` of as many finite entries as `out` has room for; all arrays are of one length."""
     n = bits.shape[0] - 1
     share = 1.0 / n
     stop = start + out.size
     base, first = bits[n, start:stop], bits[0, start:stop]
+    if n == 3:
+        _variance_of_three(first, bits[1, start:stop], bits[2, start:stop], base, out)
+        return
     total[:] = 0.0
     square[:] = 0.0
     if n % 2 == 0:  # the first one beside itself adds nothing
