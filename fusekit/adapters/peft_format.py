@@ -31,7 +31,9 @@ _FACTOR = re.compile(
     r"(?:\.(?!weight$|bias$)[^.]+)?(?:\.(?P<leaf>weight|bias))?"
 )
 _BASE_LAYER = re.compile(r"\.base_layer(?=\.|$)")
-_SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)")
+_SAVED_COPY = re.compile(r"\.modules_to_save\.[^.]+(?=\.)|\.modules_to_save(?=\.[^.]+$)")
+_REPEATED_COPY = re.compile(r"\.modules_to_save\.[^.]+$")
+"""What PEFT writes of a saved embedding besides the embedding, beside its `original_module`."""
 
 _FORWARD_CHANGING = (
     "layer_replication",
@@ -295,6 +297,8 @@ def _group(
     replacements: dict[str, str] = {}
     for name, key in names.items():
         plain = name.removeprefix(KEY_PREFIX).removeprefix("_orig_mod.")
+        if ".original_module." in plain:
+            continue
         match = _FACTOR.fullmatch(plain)
         if match is not None:
             part = match["part"].removeprefix("lora_")
@@ -307,6 +311,11 @@ def _group(
             raise CheckpointError(f"{label}: tensor {key!r} has an unknown suffix")
         else:
             slots, slot = replacements, _SAVED_COPY.sub("", _BASE_LAYER.sub("", plain))
+        if slot in slots and slots is replacements:
+            if _REPEATED_COPY.search(key):
+                continue
+            if _REPEATED_COPY.search(slots[slot]):
+                del slots[slot]
         if slot in slots:
             raise CheckpointError(
                 f"{label}: tensors {slots[slot]!r} and {key!r} are the same part of one module"

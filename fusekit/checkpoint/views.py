@@ -153,6 +153,15 @@ class LoraSource(TensorSource):
     def tensors(self) -> Mapping[str, TensorInfo]:
         return self._tensors
 
+    @property
+    def base(self) -> TensorSource:
+        """The model without the adapter."""
+        return self._base
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter replaces a tensor or has an update of it."""
+        return name in self._module_names or name in self._replacement_names
+
     def read_into(self, name: str, start: int, stop: int, out: memoryview) -> None:
         adapted, shifted = name in self._module_names, name in self._bias_names
         if not adapted and not shifted:
@@ -286,6 +295,21 @@ class LoraSource(TensorSource):
 
 
 _COMPUTED = {"F16": "F32", "BF16": "F32", "F32": "F32", "F64": "F64"}
+
+
+def equal_tensors(source: TensorSource, one: str, other: str) -> bool:
+    """Whether two floating-point tensors of a source hold the same values."""
+    infos = [source.tensors[name] for name in (one, other)]
+    if infos[0].shape != infos[1].shape:
+        return False
+    for start in range(0, infos[0].size, _NORM_ELEMENTS):
+        stop = min(start + _NORM_ELEMENTS, infos[0].size)
+        mine, theirs = (np.empty(stop - start, info.dtype.numpy) for info in infos)
+        source.read_into(one, start, stop, mine.view(np.uint8).data)
+        source.read_into(other, start, stop, theirs.view(np.uint8).data)
+        if not np.array_equal(mine.astype(np.float64), theirs.astype(np.float64)):
+            return False
+    return True
 
 
 def _low_rank(module: LoraModule, kind: np.dtype[Any]) -> _Update:

@@ -10,6 +10,7 @@ from typing import Any
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.source import TensorInfo
+from fusekit.checkpoint.views import LoraSource, equal_tensors
 from fusekit.engine.operands import Operands, Slice
 from fusekit.engine.plan import TensorRef
 from fusekit.engine.units import Unit
@@ -167,12 +168,37 @@ class Matcher:
 
     def _is_shared_by_all(self, name: str, found: list[str | None], sources: list[int]) -> bool:
         """Whether the head only repeats what every model shares with its embedding."""
-        return name.endswith(".weight") and all(
-            inner is not None
-            and self._declared_tie(source)
-            and self._embedding_like(source, self._tensors[source][inner]) is not None
-            for inner, source in zip(found, sources, strict=True)
-        )
+        if not name.endswith(".weight"):
+            return False
+        heads = [
+            self._tied_head(source, inner) for inner, source in zip(found, sources, strict=True)
+        ]
+        if None in heads or self._is_trained_apart(heads, sources):
+            self.heads.untied |= any(heads)
+            return False
+        return True
+
+    def _tied_head(self, source: int, inner: str | None) -> tuple[str, str] | None:
+        """A model's head and its embedding, if its config says that they are one."""
+        if inner is None or not self._declared_tie(source):
+            return None
+        embedding = self._embedding_like(source, self._tensors[source][inner])
+        return None if embedding is None else (inner, embedding)
+
+    def _is_trained_apart(
+        self, heads: Sequence[tuple[str, str] | None], sources: Sequence[int]
+    ) -> bool:
+        """Whether an adapter makes a tied head another matrix than the embedding."""
+        for pair, index in zip(heads, sources, strict=True):
+            source = self._checkpoints[index].source
+            if (
+                pair is not None
+                and isinstance(source, LoraSource)
+                and any(source.changes(name) for name in pair)
+                and not equal_tensors(source, *pair)
+            ):
+                return True
+        return False
 
     def _head_to_untie(self, unit: Unit, sources: list[int]) -> TensorInfo | None:
         """The own head of the first layers' models, where the last layers' all have tied ones.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from fusekit.checkpoint.folder import Checkpoint
 from fusekit.checkpoint.layers import infer_layers
 from fusekit.checkpoint.source import TensorInfo
+from fusekit.checkpoint.views import LoraSource
 from fusekit.engine.matching import Heads, declared_tie, is_head
 from fusekit.engine.units import StackedLayers, Structure
 from fusekit.errors import RecipeError
@@ -319,9 +320,11 @@ def _set_vocabulary(
     before = config_vocab_size(config)
     if before is None:
         return
+    source = reference.source
+    stated = source.base.tensors if isinstance(source, LoraSource) else source.tensors
     for info in tensors:
         if EMBEDDING_NAMES.search(info.name) and info.shape:
-            old = reference.source.tensors.get(info.name)
+            old = stated.get(info.name)
             if old is not None and old.shape[0] == before != info.shape[0]:
                 config.update(with_vocab_size(config, info.shape[0]))
                 return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,69 @@ def test_a_head_that_slices_bring_is_not_called_tied(tmp_path: Path) -> None:
     merged, config, _ = merge(tmp_path, **passthrough((tied, 0, 2), (own, 1, 3)))
     np.testing.assert_array_equal(merged[EMBED], np.full((8, 4), 2.0))
     np.testing.assert_array_equal(merged[HEAD], np.full((8, 4), -1.0))
+    assert config["tie_word_embeddings"] is False
+
+
+def adapter(folder: Path, name: str, tensors: dict[str, np.ndarray], **config: Any) -> str:
+    """A PEFT adapter of rank 1 and alpha 2."""
+    (folder / name).mkdir()
+    save_file(
+        {f"base_model.model.{key}": value.astype(np.float32) for key, value in tensors.items()},
+        folder / name / "adapter_model.safetensors",
+    )
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["lm_head"]}
+    (folder / name / "adapter_config.json").write_text(json.dumps({**settings, **config}))
+    return str(folder / name)
+
+
+def test_a_tied_head_that_an_adapter_trained_is_written(tmp_path: Path) -> None:
+    tied = model(tmp_path, "tied", 2.0, tied=True, head=False)
+    factors = {"lm_head.lora_A.weight": np.ones((1, 4)), "lm_head.lora_B.weight": np.ones((8, 1))}
+    whole = {"lm_head.base_layer.weight": np.full((8, 4), 2.0)}
+    one = adapter(tmp_path, "one", {**factors, **whole})
+    merged, config, _ = merge(tmp_path, **passthrough((f"{tied}+{one}", 0, 3)))
+    np.testing.assert_array_equal(merged[EMBED], np.full((8, 4), 2.0))
+    np.testing.assert_array_equal(merged[HEAD], np.full((8, 4), 4.0))
+    assert config["tie_word_embeddings"] is False
+
+
+def test_a_tied_head_that_an_adapter_only_repeats_stays_tied(tmp_path: Path) -> None:
+    tied = model(tmp_path, "tied", 2.0, tied=True, head=False)
+    saved = {"model.embed_tokens.weight": np.full((8, 4), 5.0), HEAD: np.full((8, 4), 5.0)}
+    settings = {"target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]}
+    merged, config, _ = merge(
+        tmp_path,
+        **passthrough((f"{tied}+{adapter(tmp_path, 'one', saved, **settings)}", 0, 3)),
+    )
+    assert HEAD not in merged
+    np.testing.assert_array_equal(merged[EMBED], np.full((8, 4), 5.0))
+    assert config["tie_word_embeddings"] is True
+
+
+def test_an_adapter_with_more_tokens_sets_the_vocabulary_size(tmp_path: Path) -> None:
+    own = model(tmp_path, "own", 1.0, tied=False)
+    saved = {}
+    for name, value in (("model.embed_tokens", 5.0), ("lm_head", 6.0)):  # as PEFT writes it
+        for copy in ("", "modules_to_save.", "original_module."):
+            made = value if copy != "original_module." else 0.0
+            saved[f"{name}.{copy}weight"] = np.full((10, 4), made)
+    settings = {"target_modules": [], "modules_to_save": ["embed_tokens", "lm_head"]}
+    one = adapter(tmp_path, "one", saved, **settings)
+    merged, config, _ = merge(tmp_path, **passthrough((f"{own}+{one}", 0, 3)))
+    assert config["vocab_size"] == 10
+    np.testing.assert_array_equal(merged[EMBED], np.full((10, 4), 5.0))
+    np.testing.assert_array_equal(merged[HEAD], np.full((10, 4), 6.0))
+    assert merged.keys() == tensors(1.0).keys()
+
+
+def test_a_head_beside_a_tied_copy_is_not_called_tied(tmp_path: Path) -> None:
+    tied = model(tmp_path, "tied", 2.0, tied=True, head=False)
+    path = tmp_path / "tied/model.safetensors"
+    save_file({**load_file(path), HEAD: load_file(path)[EMBED]}, path)
+    own = model(tmp_path, "own", 1.0, tied=False)
+    models = [{"model": tied}, {"model": own}]
+    merged, config, _ = merge(tmp_path, models=models, parameters={"weight": 1.0})
+    np.testing.assert_allclose(merged[HEAD], np.full((8, 4), (2.0 - 1.0) / 2))
     assert config["tie_word_embeddings"] is False
 
 
