@@ -28,12 +28,12 @@ from fusekit.adapters.peft_format import (
 from fusekit.adapters.provenance import CARD, Provenance
 from fusekit.adapters.unfinished import AdapterJournal
 from fusekit.checkpoint.dtypes import dtype_named, dtype_of
+from fusekit.checkpoint.layout import MANIFEST
 from fusekit.checkpoint.writer import PartialFolder
 from fusekit.engine.checksum import ChunkDigests
 from fusekit.errors import CheckpointError, FusekitError
 from fusekit.memory import reuse_freed_blocks
 
-MANIFEST_NAME = "manifest.json"
 COPY_BYTES = 1 << 22
 """Data that must move within the file moves in pieces of this size."""
 ENTRY_BYTES = 120
@@ -225,7 +225,7 @@ class AdapterWriter:
         if self._provenance is not None:
             tensors = {key: {"file": WEIGHTS_NAME, **self._described(key)} for key in self._header}
             content = self._provenance.manifest(tensors)
-            self._add_file(MANIFEST_NAME, json.dumps(content, indent=2, ensure_ascii=False))
+            self._add_file(MANIFEST, json.dumps(content, indent=2, ensure_ascii=False))
             self._add_file(CARD, self._provenance.card(config["base_model_name_or_path"]).rstrip())
         if self._journal is not None:
             self._journal.discard()

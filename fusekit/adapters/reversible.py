@@ -24,10 +24,10 @@ from fusekit.adapters.adapter import (
 )
 from fusekit.adapters.linalg import pad_rank, product_singular_values, product_svd
 from fusekit.adapters.peft_format import read_array
-from fusekit.adapters.peft_writer import MANIFEST_NAME
 from fusekit.adapters.provenance import Provenance, file_identities
+from fusekit.checkpoint.layout import MANIFEST
 from fusekit.checkpoint.safetensors import SafetensorsFile, is_file_name
-from fusekit.checkpoint.writer import PartialFolder
+from fusekit.checkpoint.writer import new_folder
 from fusekit.errors import CheckpointError, FusekitError
 
 BASIS_NAME = "basis.safetensors"
@@ -312,7 +312,7 @@ class Pack:
     def _describe(self, path: Path, identity: Mapping[str, Any] | None) -> None:
         """Enter a new file into the pack's manifest. The pack itself learns of the task later: an
         addition that was interrupted can be made again."""
-        manifest = self.folder / MANIFEST_NAME
+        manifest = self.folder / MANIFEST
         if not manifest.is_file():
             return
         content = json.loads(manifest.read_text(encoding="utf-8"))
@@ -464,35 +464,21 @@ class _PackBuilder:
         own: Mapping[str, Mapping[str, Any]],
         provenance: Provenance | None,
     ) -> None:
-        partial = PartialFolder(folder)
-        try:
-            partial.clear()
-            self._fill(partial.path, config, own, provenance)
-            partial.publish()
-        finally:
-            partial.close()
-
-    def _fill(
-        self,
-        work: Path,
-        config: Mapping[str, Any],
-        own: Mapping[str, Mapping[str, Any]],
-        provenance: Provenance | None,
-    ) -> None:
-        _save(work / BASIS_NAME, self._basis)
-        for task, tensors in self._coefficients.items():
-            _save(work / f"{task}.safetensors", tensors)
-        facts = {
-            "format": FORMAT,
-            "tasks": list(self._tasks),
-            "config": dict(config),
-            "own": dict(own),
-            "modules": self._modules,
-        }
-        _write_json(work / PACK_NAME, facts)
-        if provenance is not None:
-            files = {path.name: _described(path) for path in sorted(work.glob("*.safetensors"))}
-            _write_json(work / MANIFEST_NAME, {**provenance.manifest({}), "files": files})
+        with new_folder(folder) as work:
+            _save(work / BASIS_NAME, self._basis)
+            for task, tensors in self._coefficients.items():
+                _save(work / f"{task}.safetensors", tensors)
+            facts = {
+                "format": FORMAT,
+                "tasks": list(self._tasks),
+                "config": dict(config),
+                "own": dict(own),
+                "modules": self._modules,
+            }
+            _write_json(work / PACK_NAME, facts)
+            if provenance is not None:
+                files = {path.name: _described(path) for path in sorted(work.glob("*.safetensors"))}
+                _write_json(work / MANIFEST, {**provenance.manifest({}), "files": files})
 
     def report(self) -> PackReport:
         errors = []

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fusekit.checkpoint.writer import PartialFolder
+from fusekit.checkpoint.writer import new_folder
 from fusekit.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -42,18 +42,13 @@ class SharedFormat:
         """
         from safetensors.torch import save_file
 
-        partial = PartialFolder(Path(folder))
-        try:
-            partial.clear()
-            save_file(dict(tensors), partial.path / self._weights_name)
+        with new_folder(Path(folder)) as work:
+            save_file(dict(tensors), work / self._weights_name)
             content = json.dumps({"format": self._mark, **facts}, indent=2)
-            (partial.path / self._facts_name).write_text(content + "\n", encoding="utf-8")
-            for path in partial.path.iterdir():
+            (work / self._facts_name).write_text(content + "\n", encoding="utf-8")
+            for path in work.iterdir():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-            partial.publish()
-        finally:
-            partial.close()
 
     def load(self, folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Facts and tensors.

@@ -147,6 +147,22 @@ class PartialFolder:
             ) from None
 
 
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """An empty folder to fill with flushed files, which then becomes the target.
+
+    Raises:
+        FusekitError: as of `PartialFolder`.
+    """
+    partial = PartialFolder(target)
+    try:
+        partial.clear()
+        yield partial.path
+        partial.publish()
+    finally:
+        partial.close()
+
+
 class CheckpointWriter:
     """The shards of an unfinished output, written at known offsets by any thread in any order."""
 
