@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-JOURNAL_NAME = "journal.jsonl"
+from fusekit.checkpoint.json_lines import read_entries
+from fusekit.checkpoint.layout import JOURNAL
+
 SYNC_SECONDS = 5.0
 """How often finished modules are forced to the disk and noted; quicker merges note nothing."""
 
@@ -25,17 +27,14 @@ class AdapterJournal:
     """
 
     def __init__(self, folder: Path, subject: Mapping[str, Any]) -> None:
-        self._path = folder / JOURNAL_NAME
+        self._path = folder / JOURNAL
         self._subject = json.loads(json.dumps(subject))
         self._fresh: list[Mapping[str, Any]] = []
         self._synced = time.monotonic()
 
     def entries(self) -> list[dict[str, Any]]:
         """The finished modules of this very subject; none if the folder holds something else."""
-        if not self._path.is_file():
-            return []
-        lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
-        parsed = [entry for entry in map(_parsed, lines) if entry is not None]
+        parsed = read_entries(self._path)
         return parsed[1:] if parsed[:1] == [self._subject] else []
 
     def begin(self, entries: list[dict[str, Any]]) -> None:
@@ -69,12 +68,3 @@ class AdapterJournal:
             file.writelines(json.dumps(entry) + "\n" for entry in entries)
             file.flush()
             os.fsync(file.fileno())
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line's content; the last line of a killed run may be cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None

@@ -12,6 +12,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from fusekit.checkpoint.json_lines import read_entries
 from fusekit.checkpoint.layout import JOURNAL as JOURNAL
 from fusekit.checkpoint.layout import Shard
 from fusekit.checkpoint.writer import CheckpointWriter
@@ -44,11 +45,7 @@ def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:
     Raises:
         FusekitError: the folder holds part of another merge; the message says what differs.
     """
-    path = folder / JOURNAL
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    entries = [entry for entry in map(_parsed, lines) if entry is not None]
+    entries = read_entries(folder / JOURNAL)
     if len(entries) < 2:  # no tensor was finished: there is nothing to continue or to lose
         return {}
     _check_same(entries[0], subject(plan), folder)
@@ -74,15 +71,6 @@ def _is_whole(folder: Path, shard: Shard) -> bool:
         return (folder / shard.file_name).stat().st_size == shard.nbytes
     except OSError:
         return False
-
-
-def _parsed(line: str) -> dict[str, Any] | None:
-    """A line's content; the last line of a killed run may be cut short."""
-    try:
-        entry = json.loads(line)
-    except ValueError:
-        return None
-    return entry if isinstance(entry, dict) else None
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

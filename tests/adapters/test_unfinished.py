@@ -14,7 +14,7 @@ from fusekit.adapters import Adapter, ExtractOptions, extract_adapter, write_ada
 from fusekit.adapters import extract as extract_module
 from fusekit.adapters import unfinished as unfinished_module
 from fusekit.adapters.provenance import Provenance
-from fusekit.adapters.unfinished import JOURNAL_NAME
+from fusekit.checkpoint.layout import JOURNAL
 from fusekit.checkpoint.memory import MemorySource
 
 from .support import random_adapter
@@ -91,7 +91,7 @@ def test_it_may_be_interrupted_again(tmp_path):
 @pytest.mark.parametrize("damage", ["cut line", "short data", "no journal"])
 def test_what_a_kill_cut_short_is_made_again(damage, tmp_path):
     partial = interrupted(tmp_path / "out")
-    journal, data = partial / JOURNAL_NAME, partial / "adapter_model.safetensors"
+    journal, data = partial / JOURNAL, partial / "adapter_model.safetensors"
     if damage == "cut line":
         journal.write_text(journal.read_text()[:-20])
     elif damage == "short data":
@@ -149,7 +149,7 @@ def test_a_recipe_of_adapters_resumes_unless_told_not_to(tmp_path, monkeypatch):
     monkeypatch.setattr(merge_module._MergedModules, "__getitem__", failing)
     with pytest.raises(KeyboardInterrupt):
         fusekit.merge(recipe, tmp_path / "out", threads=1)
-    assert json.loads((tmp_path / "out.partial" / JOURNAL_NAME).read_text().splitlines()[0])
+    assert json.loads((tmp_path / "out.partial" / JOURNAL).read_text().splitlines()[0])
     seen = []
     report = fusekit.merge(recipe, tmp_path / "out", threads=1, on_progress=seen.append)
     assert report.resumed == 6
