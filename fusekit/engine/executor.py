@@ -143,8 +143,7 @@ class Executor:
         self._plan = plan
         self._sources = plan.sources
         self._sink = sink
-        if threads is not None and threads < 1:
-            raise FusekitError(f"threads: found {threads}, expected at least 1")
+        check_threads(threads)
         self._threads = threads or available_cpus()
         self._block_elements = max(GRANULE, block_elements // GRANULE * GRANULE)
         self._resident_bytes = resident_bytes
@@ -543,6 +542,12 @@ def _check_same_request(jobs: Sequence[_Job]) -> None:
         assert job.request is not None
         if job.request.group_key() != first.request.group_key():
             raise differing(first.planned, job.planned)
+
+
+def check_threads(threads: Any) -> None:
+    """Refuse what is no number of worker threads; None takes all processors."""
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise FusekitError(f"threads: found {threads!r}, expected at least 1")
 
 
 def available_cpus() -> int:

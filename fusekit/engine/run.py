@@ -22,7 +22,7 @@ from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_to
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder, check_target
 from fusekit.engine.companions import as_json, companions
-from fusekit.engine.executor import Execution, NonFinite
+from fusekit.engine.executor import Execution, NonFinite, check_threads
 from fusekit.engine.journal import JOURNAL, Journal, finished_tensors, inputs
 from fusekit.engine.manifest import MANIFEST, manifest
 from fusekit.engine.matrices import check_device, execute
@@ -280,7 +280,7 @@ def run_plan(
 ) -> MergeReport:
     """Carry out a plan into a new folder; arguments as of `merge`."""
     begun, cpu = time.monotonic(), time.process_time()
-    _check_threads(threads)
+    check_threads(threads)
     check_device(plan, device)
     writer, journal = _open_output(plan, target, resume, overwrite)
     resumed = len(journal.checksums)
@@ -307,11 +307,6 @@ def run_plan(
         overflows=execution.overflows,
         warnings=(*plan.warnings, *execution.remarks),
     )
-
-
-def _check_threads(threads: Any) -> None:
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise FusekitError(f"threads: found {threads!r}, expected at least 1")
 
 
 def _open_output(
@@ -505,7 +500,7 @@ def merge_state_dicts(
         {'w': array([0.5, 0.5], dtype=float32)}
     """
     models = _state_dicts(models)
-    _check_threads(threads)
+    check_threads(threads)
     if base is not None:
         _check_mapping("base", base)
     _check_mapping("parameters", parameters or {})
