@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
-
-MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 
 class Election(NamedTuple):

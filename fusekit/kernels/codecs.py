@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels.floats import MAGNITUDE
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _EXPONENT = np.uint32(0x7F800000)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 _BF16_OVERFLOW = np.uint32(0x7F7F8000)
 _TWO_23 = np.float32(8388608.0)
 
@@ -92,12 +93,12 @@ def encode_bf16(row: Array, out: Array) -> int:
         b = bits[i]
         rounded = b + np.uint32(0x7FFF) + ((b >> np.uint32(16)) & np.uint32(1))
         out[i] = np.uint16(rounded >> np.uint32(16))
-        largest = max(largest, b & _MAGNITUDE)
+        largest = max(largest, b & MAGNITUDE)
     if largest < _BF16_OVERFLOW:
         return 0
     overflows = 0
     for i in range(row.size):
-        magnitude = bits[i] & _MAGNITUDE
+        magnitude = bits[i] & MAGNITUDE
         if magnitude > _EXPONENT:  # rounding may have carried a NaN into infinity
             out[i] = np.uint16((bits[i] >> np.uint32(16)) | np.uint32(0x40))
         overflows += (magnitude >= _BF16_OVERFLOW) & (magnitude < _EXPONENT)
@@ -110,7 +111,7 @@ def encode_f16(row: Array, out: Array) -> int:
     bits = row.view(np.uint32)
     overflows = 0
     for i in range(row.size):
-        b = bits[i] & _MAGNITUDE
+        b = bits[i] & MAGNITUDE
         sign = (bits[i] >> np.uint32(16)) & np.uint32(0x8000)
         normal = (
             (b + np.uint32(0xFFF) + ((b >> np.uint32(13)) & np.uint32(1))) >> np.uint32(13)
@@ -145,7 +146,7 @@ def encode_f8(
     steps_per_unit = np.float32(2.0 ** (bias - 1 + mantissa))
     overflows = 0
     for i in range(row.size):
-        b = bits[i] & _MAGNITUDE
+        b = bits[i] & MAGNITUDE
         sign = (bits[i] >> np.uint32(24)) & np.uint32(0x80)
         small = b < smallest_normal
         normal = ((b + half + ((b >> drop) & np.uint32(1))) >> drop) - rebias

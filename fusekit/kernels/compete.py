@@ -14,7 +14,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 from fusekit.kernels import direct, order
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +22,6 @@ TILE = 2048
 """Elements that are worked on together: scores are the same wherever a run begins at a multiple."""
 
 _SIGN = np.uint32(0x80000000)
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 RAW, NORMALISED, PAIRWISE = 0, 1, 2
 """What a task vector is compared with: the raw sum, the sum of normalised vectors, or each one."""
@@ -280,7 +279,7 @@ def _small_keys(
     for i in range(keys.size):
         x = from_bf16(model[i]) - from_bf16(base[i])
         product = x * total[i]
-        largest = max(largest, np.uint32(as_bits(product) & _MAGNITUDE))
+        largest = max(largest, np.uint32(as_bits(product) & MAGNITUDE))
         agreement = small_tangent(product)
         score = _scored(x, agreement, low, high, scale, count)
         key = as_bits(score + zero)  # -0 and 0 are equal
@@ -411,7 +410,7 @@ def _add_small(
     for i in range(total.size):
         x = from_bf16(model[i]) - from_bf16(base[i])
         product = x * total[i]
-        largest = max(largest, np.uint32(as_bits(product) & _MAGNITUDE))
+        largest = max(largest, np.uint32(as_bits(product) & MAGNITUDE))
         agreement = small_tangent(product)
         score = _scored(x, agreement, low, high, scale, count)
         part, share = _part(x, score, low, high, threshold, factor, weight)
@@ -493,7 +492,7 @@ def merge_scored(
         for i in range(length):
             value = from_bf16(base[i]) + sums[i] / max(divisors[i], least)
             part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         if largest >= direct.OVERFLOW:
             return False
     return True

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import lanes, norms, random
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -22,7 +22,6 @@ CHUNK = lanes.CHUNK
 _GRANULE = 8192
 _LANES = 512
 _CHAIN = 8
-_MAGNITUDE = np.uint32(0x7FFFFFFF)
 
 OVERFLOW = 0x7F7F8000
 """The smallest magnitude, as float32 bits, that no finite bfloat16 is nearest to."""
@@ -60,7 +59,7 @@ def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
         for i in range(out.size):
             value = np.float32(a * np.float64(from_bf16(first[i])))
             out[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         return int(largest)
     second, b = bits[1, start:stop], weights[1]
     if n == 2:
@@ -68,7 +67,7 @@ def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
             total = a * np.float64(from_bf16(first[i])) + b * np.float64(from_bf16(second[i]))
             value = np.float32(total)
             out[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         return int(largest)
     third, c = bits[2, start:stop], weights[2]
     if n == 3:
@@ -76,7 +75,7 @@ def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
             total = a * np.float64(from_bf16(first[i])) + b * np.float64(from_bf16(second[i]))
             value = np.float32(total + c * np.float64(from_bf16(third[i])))
             out[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         return int(largest)
     fourth, d = bits[3, start:stop], weights[3]
     for i in range(out.size):
@@ -84,7 +83,7 @@ def _few(bits: Array, weights: Array, start: int, stop: int, out: Array) -> int:
         total += c * np.float64(from_bf16(third[i]))
         value = np.float32(total + d * np.float64(from_bf16(fourth[i])))
         out[i] = to_bf16(value)
-        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
     return int(largest)
 
 
@@ -109,7 +108,7 @@ def _many(bits: Array, weights: Array, start: int, stop: int, total: Array, out:
     for i in range(out.size):
         value = np.float32(total[i])
         out[i] = to_bf16(value)
-        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
     return int(largest)
 
 
@@ -280,7 +279,7 @@ def add_to_base(change: Array, base: Array, out: Array) -> bool:
     for i in range(out.size):
         value = np.float32(np.float64(change[i]) + np.float64(from_bf16(base[i])))
         out[i] = to_bf16(value)
-        largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
     return int(largest) < OVERFLOW
 
 
@@ -299,7 +298,7 @@ def move_at_most(bits: Array, start: int, slope: float, limit: float, out: Array
             step = slope * (np.float64(from_bf16(second[i])) - origin)
             value = np.float32(origin + min(max(step, -limit), limit))
             part[i] = to_bf16(value)
-            largest = max(largest, np.uint32(as_bits(value) & _MAGNITUDE))
+            largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         if largest >= OVERFLOW:
             return False
     return True
@@ -350,7 +349,7 @@ def drop_weighted_sum(
 @njit(nogil=True, cache=True)
 def _key(model: np.uint16, base: np.uint16) -> np.uint32:
     """The bits of a task-vector entry's magnitude."""
-    return np.uint32(as_bits(from_bf16(model) - from_bf16(base)) & _MAGNITUDE)
+    return np.uint32(as_bits(from_bf16(model) - from_bf16(base)) & MAGNITUDE)
 
 
 @njit(nogil=True, cache=True)
@@ -476,7 +475,7 @@ def count_equal_entries(model: Array, base: Array, key: np.uint32) -> int:
     count = np.uint32(0)
     for i in range(model.size):
         delta = from_bf16(model[i]) - from_bf16(base[i])
-        count += np.uint32(np.uint32(as_bits(delta) & _MAGNITUDE) == key)
+        count += np.uint32(np.uint32(as_bits(delta) & MAGNITUDE) == key)
     return int(count)
 
 

@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels.floats import MAGNITUDE
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
 _SWEEP = 64
-_BELOW_SIGN = np.uint32(0x7FFFFFFF)
 _HALF = np.uint32(16)
 
 
@@ -26,11 +27,11 @@ def collect(bits: Array, upper: int, found: Array) -> int:
         part = bits[start : start + _SWEEP]
         inside = np.uint32(0)
         for i in range(part.size):
-            inside += np.uint32((part[i] & _BELOW_SIGN) >> _HALF == half)
+            inside += np.uint32((part[i] & MAGNITUDE) >> _HALF == half)
         if inside > 0:
             for i in range(part.size):
-                if (part[i] & _BELOW_SIGN) >> _HALF == half:
-                    found[count] = part[i] & _BELOW_SIGN
+                if (part[i] & MAGNITUDE) >> _HALF == half:
+                    found[count] = part[i] & MAGNITUDE
                     count += 1
     return count
 

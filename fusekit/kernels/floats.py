@@ -9,6 +9,9 @@ from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
+MAGNITUDE = np.uint32(0x7FFFFFFF)
+"""The bits of a float32 but for its sign."""
+
 
 def _as_float32(typingctx: Any, bits: Any) -> Any:
     """The float32 that these 32 bits are."""

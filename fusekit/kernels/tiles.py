@@ -13,13 +13,13 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import codecs, elect, gram, linear, norms, order, random, ranks, thin
+from fusekit.kernels.floats import MAGNITUDE
 from fusekit.kernels.packed import F16, Packed, Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 TILE = 2048
 _GRANULE = 8192
-_BELOW_SIGN = np.uint32(0x7FFFFFFF)
 
 SCALE, DROP, KEEP_ABOVE, KEEP_AT_LEAST, DROP_AT_LEAST = range(5)
 KEEP_FIRST, DROP_FIRST, KEEP_PACKED, KEEP_VARYING, KEEP_FIRST_VARYING = range(5, 10)
@@ -234,5 +234,5 @@ def count_brackets(
         for r in range(n):
             row = magnitudes[r]
             for i in range(length):
-                row[i] &= _BELOW_SIGN
+                row[i] &= MAGNITUDE
         order.count_brackets(magnitudes, brackets, bins, above)

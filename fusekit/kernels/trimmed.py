@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct, tiles
-from fusekit.kernels.ballot import MAGNITUDE, Election, elected
-from fusekit.kernels.floats import as_bits, from_bf16, to_bf16
+from fusekit.kernels.ballot import Election, elected
+from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 from fusekit.kernels.packed import Steps
 
 Array = np.ndarray[Any, np.dtype[Any]]
