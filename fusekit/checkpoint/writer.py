@@ -37,7 +37,7 @@ def check_target(target: Path, overwrite: bool) -> None:
             raise FusekitError(
                 f"{target}: already exists; choose another output or pass --overwrite"
             )
-        if not any((target / mark).is_file() for mark in _MARKS):
+        if not _is_output(target):
             raise FusekitError(
                 f"{target}: holds no {MANIFEST}, so it is no output to overwrite; remove it "
                 "yourself or choose another output"
@@ -45,6 +45,10 @@ def check_target(target: Path, overwrite: bool) -> None:
     existing = existing_parent(target)
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise FusekitError(f"{existing}: not a writable folder, {target} cannot be created")
+
+
+def _is_output(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in _MARKS)
 
 
 def check_file(path: Path) -> None:
@@ -104,10 +108,7 @@ class PartialFolder:
     def clear(self) -> None:
         """Remove what an earlier run has left."""
         for entry in self.path.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+            _remove(entry)
 
     @property
     def is_released(self) -> bool:
@@ -270,21 +271,68 @@ def _amount(nbytes: int) -> str:
 def _publish(folder: Path, target: Path, *, replace: bool) -> None:
     """Rename a folder of flushed files into place; a folder it replaces goes last.
 
+    Where the system can, the two change names in one step, so that something complete is at the
+    target all the time.
+
     Raises:
         OSError: not `replace`, and there is more than an empty folder at the target.
     """
     for each in {folder, *(path.parent for path in folder.rglob("*"))}:
         _fsync_folder(each)
-    retired = None
-    if target.exists() and replace:
-        retired = target.with_name(target.name + ".replaced")
-        if retired.exists():
-            shutil.rmtree(retired)
-        target.rename(retired)
-    folder.rename(target)
-    _fsync_folder(target.absolute().parent)
-    if retired is not None:
-        shutil.rmtree(retired)
+    if not (replace and target.exists()):
+        folder.rename(target)
+        _fsync_folder(target.absolute().parent)
+        return
+    with _locked(target):  # or another process would take what is replaced for its partial folder
+        if _exchanged(folder, target):
+            retired = folder
+        else:
+            retired = _set_aside(target)
+            folder.rename(target)
+        _fsync_folder(target.absolute().parent)
+        _remove(retired)
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two folders change names in one step; False where that cannot be done (only Linux can,
+    and not on every file system)."""
+    import ctypes
+
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    names = (os.fsencode(path.absolute()) for path in (one, other))
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, next(names), here, next(names), exchange) == 0)
+
+
+def _set_aside(target: Path) -> Path:
+    """Rename an output that is to be replaced, over what an earlier run may have left there."""
+    aside = target.with_name(target.name + ".replaced")
+    if _is_output(aside):
+        _remove(aside)
+    target.rename(aside)
+    return aside
+
+
+def _remove(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from claiming a folder, where the file system has locks."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(fd)
 
 
 def _fsync_folder(folder: Path) -> None:
