@@ -63,7 +63,7 @@ def check_chat_template(setting: str) -> None:
     """Refuse a setting that is neither `auto`, a known name nor a template.
 
     Raises:
-        RecipeError: it is none of these.
+        RecipeError: it is none of these, or a template that transformers could not load.
     """
     if setting == "auto" or setting in BUILT_IN:
         return
@@ -72,6 +72,36 @@ def check_chat_template(setting: str) -> None:
             f"chat_template: found {setting!r}, expected 'auto', a built-in template or a Jinja "
             f"template{did_you_mean(setting, ['auto', *BUILT_IN])}"
         )
+    _check_syntax(setting)
+
+
+def _check_syntax(template: str) -> None:
+    """Refuse a template that does not compile with the tags that transformers knows."""
+    from jinja2 import Environment, TemplateSyntaxError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """`{% generation %}`, around what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=[loopcontrols, Generation]).compile(template, raw=True)
+    except TemplateSyntaxError as error:
+        found = f"{error.message}".rstrip(".").replace(". ", "; ")
+        raise RecipeError(
+            f"chat_template: line {error.lineno} of the template is not valid Jinja: {found}"
+        ) from None
+    except RecursionError:
+        raise RecipeError(
+            "chat_template: nested too deeply, expected a template that Jinja can read"
+        ) from None
 
 
 def chosen_template(setting: str, templates: Iterable[str | None]) -> str | None:

@@ -144,9 +144,40 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["chatm", "{short}", "a text that is long but no template"])
 def test_templates_that_are_none_are_refused(setting: str) -> None:
     with pytest.raises(RecipeError, match="chat_template: found"):
-        load_recipe(
-            {"merge_method": "linear", "models": [{"model": "a"}], "chat_template": setting}
-        )
+        with_template(setting)
+
+
+def with_template(setting: str) -> None:
+    load_recipe({"merge_method": "linear", "models": [{"model": "a"}], "chat_template": setting})
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for message in messages %}\n{{ message['content' }}\n{% endfor %}", "line 2 .*'}'"),
+        ("{% for message in messages %}\n{{ message }}\n\n", "line 2 .*end of template"),
+        ("\n\n{{ messages | no_such_filter }}\n", "line 3 .*'no_such_filter'"),
+        ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", "nested too deeply"),
+    ],
+    ids=["expression", "unclosed", "filter", "nesting"],
+)
+def test_templates_that_jinja_does_not_read_are_refused(template: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=f"chat_template: {message}") as caught:
+        with_template(template)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_text_of_a_built_in_template_is_a_template(name: str) -> None:
+    with_template(BUILT_IN[name])
+
+
+def test_templates_may_use_what_transformers_adds_to_jinja() -> None:
+    with_template(
+        "{% for message in messages %}{% if loop.index > 9 %}{% break %}{% endif %}"
+        "{% generation %}{{ message | tojson }}{% endgeneration %}{% endfor %}"
+        "{{ raise_exception('no') if not messages }}{{ strftime_now('%Y') }}"
+    )
 
 
 @pytest.mark.parametrize(
