@@ -6,6 +6,7 @@ elements, in hexadecimal: parts can be hashed where they are written, in any ord
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -61,3 +62,17 @@ class RunningDigest:
             self._chunk += 1
             self._filled = 0
             self._state.reset()
+
+
+def checksum_of(size: int, itemsize: int, read: Callable[[int, int, memoryview], None]) -> str:
+    """The checksum of `size` elements, which `read(start, stop, out)` gives part by part."""
+    digests = ChunkDigests(size)
+    buffer = np.empty(min(size, CHUNK_ELEMENTS) * itemsize, np.uint8)
+    for start in range(0, size, CHUNK_ELEMENTS):
+        stop = min(start + CHUNK_ELEMENTS, size)
+        part = buffer[: (stop - start) * itemsize]
+        read(start, stop, part.data)
+        digest = digests.from_chunk(start)
+        digest.update(part, itemsize)
+        digest.close()
+    return digests.hexdigest()

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ from fusekit.checkpoint.json_lines import read_entries
 from fusekit.checkpoint.layout import JOURNAL as JOURNAL
 from fusekit.checkpoint.layout import Shard
 from fusekit.checkpoint.writer import CheckpointWriter
+from fusekit.engine.checksum import checksum_of
 from fusekit.engine.measurements import statistics_identities
-from fusekit.engine.plan import Plan
+from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.errors import FusekitError
 
 
@@ -56,6 +59,25 @@ def finished_tensors(folder: Path, plan: Plan) -> dict[str, str]:
         for name, checksum in found
         if isinstance(name, str) and isinstance(checksum, str) and name in whole
     }
+
+
+def damaged_tensors(
+    writer: CheckpointWriter, plan: Plan, finished: Mapping[str, str], threads: int
+) -> list[str]:
+    """Finished tensors whose bytes in the partial folder are not those that were written."""
+
+    def is_damaged(planned: PlannedTensor) -> bool:
+        itemsize = planned.dtype.itemsize
+
+        def read(start: int, stop: int, out: memoryview) -> None:
+            writer.read(planned.name, start * itemsize, out)
+
+        return checksum_of(planned.size, itemsize, read) != finished[planned.name]
+
+    checked = [planned for planned in plan.tensors if planned.name in finished]
+    with writer.explained(), ThreadPoolExecutor(threads) as pool:
+        found = pool.map(is_damaged, checked)
+        return [planned.name for planned, bad in zip(checked, found, strict=True) if bad]
 
 
 def _whole_tensors(folder: Path, plan: Plan) -> set[str]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fusekit.checkpoint.folder import open_checkpoint
 from fusekit.checkpoint.layout import MANIFEST as MANIFEST
@@ -18,7 +17,7 @@ from fusekit.checkpoint.ranges import MissingFileError, open_ranges
 from fusekit.checkpoint.remote import is_url, read_small, within
 from fusekit.checkpoint.safetensors import is_file_name
 from fusekit.checkpoint.source import TensorSource
-from fusekit.engine.checksum import ALGORITHM, CHUNK_ELEMENTS, ChunkDigests
+from fusekit.engine.checksum import ALGORITHM, checksum_of
 from fusekit.engine.measurements import statistics_identities
 from fusekit.engine.plan import Plan
 from fusekit.errors import CheckpointError
@@ -231,13 +230,4 @@ def _problem(source: TensorSource, name: str, entry: Mapping[str, Any]) -> str |
 def tensor_checksum(source: TensorSource, name: str) -> str:
     """The checksum of one tensor, read chunk by chunk."""
     info = source.tensors[name]
-    digests = ChunkDigests(info.size)
-    buffer = np.empty(min(info.size, CHUNK_ELEMENTS) * info.dtype.itemsize, np.uint8)
-    for start in range(0, info.size, CHUNK_ELEMENTS):
-        stop = min(start + CHUNK_ELEMENTS, info.size)
-        part = buffer[: (stop - start) * info.dtype.itemsize]
-        source.read_into(name, start, stop, part.data)
-        digest = digests.from_chunk(start)
-        digest.update(part, info.dtype.itemsize)
-        digest.close()
-    return digests.hexdigest()
+    return checksum_of(info.size, info.dtype.itemsize, functools.partial(source.read_into, name))

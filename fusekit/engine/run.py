@@ -22,8 +22,14 @@ from fusekit.checkpoint.memory import MemorySource, array_bytes, is_torch, to_to
 from fusekit.checkpoint.safetensors import SafetensorsFile
 from fusekit.checkpoint.writer import CheckpointWriter, PartialFolder, check_target
 from fusekit.engine.companions import as_json, companions
-from fusekit.engine.executor import Execution, NonFinite, check_threads
-from fusekit.engine.journal import JOURNAL, Journal, finished_tensors, inputs
+from fusekit.engine.executor import (
+    Execution,
+    NonFinite,
+    available_cpus,
+    check_threads,
+    with_tensors,
+)
+from fusekit.engine.journal import JOURNAL, Journal, damaged_tensors, finished_tensors, inputs
 from fusekit.engine.manifest import MANIFEST, manifest
 from fusekit.engine.matrices import check_device, execute
 from fusekit.engine.model_card import CARD, model_card
@@ -41,6 +47,8 @@ from fusekit.recipe.schema import Recipe, load_recipe
 
 SYNC_SECONDS = 5.0
 """How often finished tensors are forced to the disk and noted in the journal."""
+
+_DAMAGED = "merged again what an interrupted run had finished, as the bytes had changed since"
 
 
 @dataclass(frozen=True)
@@ -282,7 +290,7 @@ def run_plan(
     begun, cpu = time.monotonic(), time.process_time()
     check_threads(threads)
     check_device(plan, device)
-    writer, journal = _open_output(plan, target, resume, overwrite)
+    writer, journal, remarks = _open_output(plan, target, resume, overwrite, threads)
     resumed = len(journal.checksums)
     try:
         with _noticing_compilation(on_compile):
@@ -305,13 +313,14 @@ def run_plan(
         peak_rss=peak_memory(),
         nonfinite=tuple(execution.nonfinite),
         overflows=execution.overflows,
-        warnings=(*plan.warnings, *execution.remarks),
+        warnings=(*plan.warnings, *remarks, *execution.remarks),
     )
 
 
 def _open_output(
-    plan: Plan, target: Path, resume: bool, overwrite: bool
-) -> tuple[CheckpointWriter, Journal]:
+    plan: Plan, target: Path, resume: bool, overwrite: bool, threads: int | None
+) -> tuple[CheckpointWriter, Journal, tuple[str, ...]]:
+    """The output's files, what of it is finished, and what to say of that."""
     partial = PartialFolder(target, overwrite=overwrite)
     try:
         finished = finished_tensors(partial.path, plan) if resume else {}
@@ -319,7 +328,15 @@ def _open_output(
         partial.close()
         raise
     writer = CheckpointWriter(partial, plan.layout, keep=bool(finished))
-    return writer, Journal(writer, plan, finished)
+    try:
+        damaged = damaged_tensors(writer, plan, finished, threads or available_cpus())
+        for name in damaged:
+            del finished[name]
+        remarks = with_tensors((_DAMAGED, name) for name in damaged)
+        return writer, Journal(writer, plan, finished), remarks
+    except BaseException:
+        writer.close()
+        raise
 
 
 class _FileSink:

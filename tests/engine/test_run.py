@@ -494,6 +494,29 @@ def test_tensors_of_damaged_files_are_merged_again(
     assert fusekit.verify(half_done.folder / "out").ok
 
 
+def test_finished_tensors_whose_bytes_have_changed_are_merged_again(half_done: Inputs) -> None:
+    fusekit.merge(half_done.recipe, half_done.folder / "whole")
+    partial = half_done.folder / "out.partial"
+    lines = (partial / "journal.jsonl").read_text().splitlines()[1:]
+    finished = [json.loads(line)["tensor"] for line in lines]
+    spoilt = finished[::4]
+    weights = partial / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    for name in spoilt:
+        content[8 + length + header[name]["data_offsets"][1] - 1] ^= 1
+    weights.write_bytes(content)
+    report = fusekit.merge(half_done.recipe, half_done.folder / "out")
+    assert report.resumed == len(finished) - len(spoilt) > 0
+    assert any(
+        "the bytes had changed since" in remark and f"and {len(spoilt) - 1} more" in remark
+        for remark in report.warnings
+    )
+    assert contents(half_done.folder / "out") == contents(half_done.folder / "whole")
+    assert fusekit.verify(half_done.folder / "out").ok
+
+
 def test_starting_over_ignores_what_is_there(half_done: Inputs) -> None:
     report = fusekit.merge(half_done.recipe, half_done.folder / "out", resume=False)
     assert report.resumed == 0
