@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -47,12 +46,17 @@ class LegoOptions:
 
 @dataclass(frozen=True, slots=True)
 class LegoResult:
-    """A merged update `B @ A`, with the cluster of every piece and the reweighted centres."""
+    """A merged update `B @ A`, with the cluster of every piece and the reweighted centres.
+
+    `cancels` says that the pieces of a cluster nearly cancel: their mean is scaled by
+    `MAX_REWEIGHTING` and stays smaller than they are.
+    """
 
     A: Array
     B: Array
     labels: npt.NDArray[np.int64]
     centres: Array
+    cancels: bool
 
 
 def merge_pieces(
@@ -80,7 +84,7 @@ def merge_pieces(
         pieces = pieces.canonical()
     count = min(rank, len(pieces.A))
     labels = _cluster(pieces.features(options.feature), count, options, seed, initial)
-    centres_a, centres_b = _centres(pieces, labels, count, options)
+    centres_a, centres_b, cancels = _centres(pieces, labels, count, options)
     mean_rank = len(pieces.A) / len(parts)
     scale = np.float32(math.sqrt(mean_rank / count) if options.output_reweighting else 1.0)
     used = np.unique(labels)
@@ -89,6 +93,7 @@ def merge_pieces(
         B=centres_b[:, used] * np.sqrt(scale),
         labels=labels,
         centres=np.concatenate([centres_a, centres_b.T], axis=1),
+        cancels=cancels,
     )
 
 
@@ -217,26 +222,20 @@ def _k_means(gram: Array, initial: Array, iterations: int) -> tuple[npt.NDArray[
 
 def _centres(
     pieces: _Pieces, labels: npt.NDArray[np.int64], count: int, options: LegoOptions
-) -> tuple[Array, Array]:
-    """Mean piece per cluster at its members' mean norm, (count, in) and (out, count); zero for an
-    empty cluster."""
+) -> tuple[Array, Array, bool]:
+    """Mean piece per cluster at its members' mean norm, (count, in) and (out, count), zero for an
+    empty cluster; and whether members cancel, so that a mean does not reach that norm."""
     members = labels == np.arange(count)[:, None]
     shares = members / np.maximum(1, members.sum(axis=1, keepdims=True))
     mean_a, mean_b = pieces.means(shares)
-    if options.parameter_reweighting:
-        wanted = shares @ pieces.norms(options.norm)
-        found = _norms_of_means(mean_a, mean_b, options.norm)
-        factors = (wanted / (found + 1e-12)).astype(np.float32)
-        if (factors > MAX_REWEIGHTING).any():
-            warnings.warn(
-                "lora_lego: pieces of one cluster nearly cancel; their mean is scaled by "
-                f"{MAX_REWEIGHTING:g} and stays smaller than they are",
-                stacklevel=2,
-            )
-            factors = np.minimum(factors, np.float32(MAX_REWEIGHTING))
-        mean_a *= factors[:, None]
-        mean_b *= factors
-    return mean_a, mean_b
+    if not options.parameter_reweighting:
+        return mean_a, mean_b, False
+    wanted = shares @ pieces.norms(options.norm)
+    found = _norms_of_means(mean_a, mean_b, options.norm)
+    factors = (wanted / (found + 1e-12)).astype(np.float32)
+    cancels = bool((factors > MAX_REWEIGHTING).any())
+    factors = np.minimum(factors, np.float32(MAX_REWEIGHTING))
+    return mean_a * factors[:, None], mean_b * factors, cancels
 
 
 def _norms_of_means(A: Array, B: Array, norm: Literal["linf", "l2"]) -> Array:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -31,7 +33,7 @@ from fusekit.adapters.combine import (
     weighted_sum,
 )
 from fusekit.adapters.knots import Agreement, Aligned, Block, align, merge_coordinates
-from fusekit.adapters.lego import LegoOptions, merge_pieces
+from fusekit.adapters.lego import MAX_REWEIGHTING, LegoOptions, merge_pieces
 from fusekit.adapters.linalg import (
     ThinSvd,
     allocate_ranks,
@@ -78,6 +80,11 @@ AVERAGING = (
 
 BLOCK_BYTES = 32 << 20
 """Dense updates are combined in blocks of rows of about this size, over all sources together."""
+
+_CANCELS = (
+    "lora_lego: pieces of one cluster nearly cancel; their mean is scaled by "
+    f"{MAX_REWEIGHTING:g} and stays smaller than they are"
+)
 
 DENSE_EXACT_SIDE = 512
 """Dense results whose shorter side is at most this get an exact SVD under `svd="auto"`."""
@@ -151,6 +158,9 @@ class _Part:
 Settings = tuple[Sequence[float], MergeOptions]
 """Weights and options of one tensor."""
 
+Tell = Callable[[str, str], None]
+"""What is to be said of a merge, and the module it is about."""
+
 Combine = Callable[[str, Sequence[_Part], MergeOptions], tuple[Array, Array]]
 """A module's name, its sources and options -> factors (A, B) of the merged update."""
 
@@ -162,6 +172,7 @@ def merge_adapters(
     options: MergeOptions | None = None,
     base: TensorSource | None = None,
     vary: Callable[[str], Settings] | None = None,
+    on_remark: Tell | None = None,
 ) -> Adapter:
     """One adapter from several: each module merged on its own, when it is read.
 
@@ -177,6 +188,8 @@ def merge_adapters(
         base: the base model, needed only for DoRA sources, whose update depends on its weights.
         vary: weights and options by tensor name, where they differ. `parameter_budget`, `dtype`,
             `knots_basis` and KnOTS's densities hold for the whole merge: those of `options` count.
+        on_remark: called with what a method has to say of a module, and the module's name, from the
+            thread that computes the module. Default: a UserWarning.
 
     Returns:
         An adapter whose modules are computed at access, so that writing it never holds it whole.
@@ -210,7 +223,7 @@ def merge_adapters(
         return dataclasses.replace(adapters[0], label=label)
     check_adapters(adapters, method, settings_of, base)
     pool = _Pool(adapters, settings_of, base)
-    modules = _MergedModules(pool, _combiner(pool, method, options), options)
+    modules = _MergedModules(pool, _combiner(pool, method, options, on_remark or _warn), options)
     replacements = _merged_replacements(adapters, settings_of)
     return Adapter(label, modules, replacements, _shared_config(adapters))
 
@@ -481,12 +494,16 @@ def _joined(factors: Sequence[tuple[Array, Array]]) -> tuple[Array, Array]:
     return A, B.reshape(B.shape[0], -1)
 
 
-def _combiner(pool: _Pool, method: str, options: MergeOptions) -> Combine:
+def _warn(remark: str, module: str) -> None:
+    warnings.warn(f"{remark} (tensor {module!r})", stacklevel=2)
+
+
+def _combiner(pool: _Pool, method: str, options: MergeOptions, tell: Tell) -> Combine:
     alone = len(pool.adapters) == 1
     if method == "cat" or (method.startswith("knots") and alone):
         return lambda name, parts, _: stack_factors(_low_rank(name, parts))
     if method == "lora_lego":
-        return _lego
+        return functools.partial(_lego, tell)
     if method.startswith("knots"):
         return _Knots(pool, method, options)
     dense = method.endswith("svd")
@@ -665,12 +682,16 @@ def _delta_rows(part: _Part, rows: slice, room: Array) -> Array:
     return update
 
 
-def _lego(name: str, parts: Sequence[_Part], options: MergeOptions) -> tuple[Array, Array]:
+def _lego(
+    tell: Tell, name: str, parts: Sequence[_Part], options: MergeOptions
+) -> tuple[Array, Array]:
     triples = _low_rank(name, parts)
     pieces = sum(A.shape[0] for A, _, _ in triples)
     rank = options.rank or max(1, round(pieces / len(triples)))
     seed = _key(options.seed, name, "pieces")
     result = merge_pieces(triples, rank, options.lego, seed)
+    if result.cancels:
+        tell(_CANCELS, name)
     return result.A, result.B
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from fusekit.adapters.peft_format import (
 )
 from fusekit.adapters.provenance import CARD, Provenance
 from fusekit.adapters.unfinished import AdapterJournal
-from fusekit.checkpoint.dtypes import dtype_named, dtype_of
+from fusekit.checkpoint.dtypes import DTYPES, dtype_named, dtype_of
 from fusekit.checkpoint.layout import MANIFEST
 from fusekit.checkpoint.writer import PartialFolder
 from fusekit.engine.checksum import ChunkDigests
@@ -56,7 +57,8 @@ class AdapterWriter:
         header_room: bytes to leave for the header at the start of the file. A longer header, which
             is known only at the end, costs one more copy of the data.
         resume: go on with what an interrupted run of the same provenance left; `finished` says
-            which modules that is. What any other run left is replaced.
+            which modules that is, `redone_modules` how many it had noted whose bytes, or those
+            before them, have changed since. What any other run left is replaced.
 
     Raises:
         FusekitError: the folder exists (or with `overwrite` is no output), or another process
@@ -100,8 +102,10 @@ class AdapterWriter:
         """The weights file at the place where it goes on, after what is finished was taken over."""
         path = self._work / WEIGHTS_NAME
         entries = self._journal.entries() if resume and self._journal is not None else []
-        end = entries[-1]["end"] if entries else 0
-        if not end or not path.is_file() or path.stat().st_size < end:
+        noted = len(entries)
+        entries = list(itertools.takewhile(lambda entry: self._is_intact(path, entry), entries))
+        self.redone_modules = noted - len(entries)
+        if not entries:
             self._partial.clear()
             data = path.open("w+b")
             data.seek(8 + self._room)
@@ -113,9 +117,23 @@ class AdapterWriter:
         if self._journal is not None:
             self._journal.begin(entries)
         data = path.open("r+b")
-        data.truncate(end)
-        data.seek(end)
+        data.truncate(entries[-1]["end"])
+        data.seek(0, os.SEEK_END)
         return data
+
+    def _is_intact(self, path: Path, entry: Mapping[str, Any]) -> bool:
+        """Whether the weights file still holds the bytes of a module that the journal notes."""
+        for key, described in entry["header"].items():
+            begin, end = described["data_offsets"]
+            itemsize = DTYPES[described["dtype"]].itemsize
+            try:
+                content = np.fromfile(path, np.uint8, end - begin, offset=8 + self._room + begin)
+            except OSError:
+                return False
+            size = content.size // itemsize
+            if _checksum(content, size, itemsize) != entry["checksums"][key]:
+                return False
+        return True
 
     def __enter__(self) -> AdapterWriter:
         return self

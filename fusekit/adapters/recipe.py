@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -382,6 +382,7 @@ class Written:
     bytes_written: int
     seconds: float
     cpu_seconds: float
+    warnings: tuple[str, ...]
 
 
 def merge_planned(
@@ -396,9 +397,14 @@ def merge_planned(
     """Carry out a plan; arguments as of `merge_recipe`. Closes the plan's base."""
     begun, cpu = time.monotonic(), time.process_time()
     base = None if plan.base is None else plan.base.source
+    told_of: dict[tuple[str, str], None] = {}
+
+    def tell(remark: str, module: str) -> None:
+        told_of[remark, module] = None
+
     try:
         merged = merge_adapters(
-            plan.adapters, plan.method, plan.weights, plan.options, base, plan.vary
+            plan.adapters, plan.method, plan.weights, plan.options, base, plan.vary, tell
         )
         options = {"provenance": _provenance(plan), "overwrite": overwrite, "resume": resume}
         with writer_for(merged, out, **options) as writer:
@@ -416,7 +422,35 @@ def merge_planned(
         bytes_written=sum(sizes),
         seconds=time.monotonic() - begun,
         cpu_seconds=time.process_time() - cpu,
+        warnings=(*_left_out(plan), *_redone(writer), *_remarks(told_of)),
     )
+
+
+def _remarks(told_of: Collection[tuple[str, str]]) -> tuple[str, ...]:
+    """What methods had to say, each once, whatever the order in which modules were merged."""
+    if not told_of:
+        return ()
+    from fusekit.engine.executor import with_tensors
+
+    return with_tensors(sorted(told_of))
+
+
+def _left_out(plan: AdapterPlan) -> list[str]:
+    """What files that hold LoRA for several models have besides what was read."""
+    return [
+        f"{adapter.label}: {count} tensors of {component} were left out"
+        for adapter in plan.adapters
+        for component, count in adapter.left_out.items()
+    ]
+
+
+def _redone(writer: AdapterWriter) -> list[str]:
+    if not writer.redone_modules:
+        return []
+    return [
+        f"merged {writer.redone_modules} module(s) again that an interrupted run had finished, as "
+        "bytes had changed since"
+    ]
 
 
 def _telling(

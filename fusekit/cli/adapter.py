@@ -198,8 +198,6 @@ def merge(
     }
     check_target(out, overwrite)
     plan = plan_adapters(load_recipe(recipe), component)
-    for adapter in plan.adapters:
-        _print_left_out(adapter)
     with progress() as on_progress:
         report = merge_planned(
             plan,
@@ -214,6 +212,8 @@ def merge(
         f"{report.tensors} tensors, "
         f"{size(report.bytes_written)}"
     )
+    for warning in report.warnings:
+        typer.echo(f"warning: {warning}", err=True)
 
 
 @app.command()

@@ -645,14 +645,40 @@ def test_factors_can_be_stored_in_another_type():
         merge_adapters(adapters, "cat", options=MergeOptions(dtype="int8"))
 
 
-def test_lego_warns_where_pieces_of_a_cluster_cancel():
+def test_lego_tells_where_pieces_of_a_cluster_cancel():
     rng = np.random.default_rng(3)
     A, B = rng.standard_normal((1, 6)).astype("f4"), rng.standard_normal((8, 1)).astype("f4")
-    nearly = [(A, B, 1.0), (-0.99 * A, -0.99 * B, 1.0)]
     options = LegoOptions(canonicalize=False, output_reweighting=False)
-    with pytest.warns(UserWarning, match="nearly cancel; their mean is scaled by 10"):
-        merged = merge_pieces(nearly, 1, options)
+    merged = merge_pieces([(A, B, 1.0), (-0.99 * A, -0.99 * B, 1.0)], 1, options)
+    assert merged.cancels
     np.testing.assert_allclose(np.abs(merged.A), 0.05 * np.abs(A), rtol=1e-3)
+    assert not merge_pieces([(A, B, 1.0), (0.99 * A, 0.99 * B, 1.0)], 1, options).cancels
+
+
+def opposite_adapters():
+    """Two adapters whose module `a.weight` cancels and whose module `b.weight` does not."""
+    one = random_adapter(0, {"a.weight": (6, 5), "b.weight": (4, 7)}, rank=1)
+    turned = dataclasses.replace(
+        one.modules["a.weight"],
+        A=-0.99 * one.modules["a.weight"].A,
+        B=-0.99 * one.modules["a.weight"].B,
+    )
+    return [one, dataclasses.replace(one, modules={**one.modules, "a.weight": turned})]
+
+
+def test_merging_in_python_warns_of_pieces_that_cancel():
+    merged = merge_adapters(opposite_adapters(), "lora_lego")
+    with pytest.warns(UserWarning, match=r"stays smaller than they are \(tensor 'a.weight'\)"):
+        merged.modules["a.weight"]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        merge_pieces([(A, B, 1.0), (0.99 * A, 0.99 * B, 1.0)], 1, options)
+        merged.modules["b.weight"]
+
+
+def test_remarks_can_be_collected():
+    told = []
+    merged = merge_adapters(
+        opposite_adapters(), "lora_lego", on_remark=lambda *remark: told.append(remark)
+    )
+    dict(merged.modules)
+    assert [name for _, name in told] == ["a.weight"]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -85,6 +87,26 @@ def test_lambda_scales_the_merged_update(method, folder):
     for name, module in load_adapter(folder / "one").modules.items():
         quarter = load_adapter(folder / "quarter").modules[name].delta()
         np.testing.assert_allclose(quarter, 0.25 * module.delta(), atol=1e-5)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"parameter_budget": 60}])
+def test_what_a_method_has_to_say_is_in_the_report(parameters, folder):
+    """Every module of the two adapters cancels."""
+    one = random_adapter(0, SHAPES, rank=1)
+    write_adapter(one, folder / "one")
+    modules = {
+        name: dataclasses.replace(module, A=-0.99 * module.A, B=-0.99 * module.B)
+        for name, module in one.modules.items()
+    }
+    write_adapter(dataclasses.replace(one, modules=modules), folder / "opposite")
+    recipe = recipe_of(folder, "lora_lego", "one", "opposite", parameters=parameters)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = fusekit.merge(recipe, folder / "out")
+    assert [remark.partition(" (")[2] for remark in report.warnings] == [
+        "tensor 'm.q.weight' and 1 more)"
+    ]
+    assert fusekit.merge(recipe_of(folder, "lora_lego"), folder / "plain").warnings == ()
 
 
 def test_parameters_reach_the_merge(folder):

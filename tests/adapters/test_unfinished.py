@@ -88,19 +88,26 @@ def test_it_may_be_interrupted_again(tmp_path):
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("damage", ["cut line", "short data", "no journal"])
-def test_what_a_kill_cut_short_is_made_again(damage, tmp_path):
+@pytest.mark.parametrize(
+    ("damage", "again"), [("cut line", 4), ("short data", 6), ("no journal", 6), ("a bit", 5)]
+)
+def test_what_a_kill_cut_short_is_made_again(damage, again, tmp_path):
     partial = interrupted(tmp_path / "out")
     journal, data = partial / JOURNAL, partial / "adapter_model.safetensors"
     if damage == "cut line":
         journal.write_text(journal.read_text()[:-20])
     elif damage == "short data":
         data.write_bytes(data.read_bytes()[:100])
+    elif damage == "a bit":
+        last_of_second = json.loads(journal.read_text().splitlines()[2])["end"] - 1
+        content = bytearray(data.read_bytes())
+        content[last_of_second] ^= 1
+        data.write_bytes(content)
     else:
         journal.unlink()
     rest = counted()
     write_adapter(rest, tmp_path / "out", 1, provenance=MADE_BY, resume=True)
-    assert len(rest.modules.asked) == (4 if damage == "cut line" else 6)
+    assert len(rest.modules.asked) == again
     write_adapter(counted(), tmp_path / "whole", 1, provenance=MADE_BY)
     assert written(tmp_path / "out") == written(tmp_path / "whole")
 
@@ -152,12 +159,35 @@ def test_a_recipe_of_adapters_resumes_unless_told_not_to(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "out.partial" / JOURNAL).read_text().splitlines()[0])
     seen = []
     report = fusekit.merge(recipe, tmp_path / "out", threads=1, on_progress=seen.append)
-    assert report.resumed == 6
+    assert (report.resumed, report.warnings) == (6, ())
     assert [at.written * 6 / at.total for at in seen] == [4, 5, 6]
     assert fusekit.verify(tmp_path / "out").ok
     assert fusekit.merge(recipe, tmp_path / "again", resume=False).resumed == 0
     same = "adapter_model.safetensors"
     assert written(tmp_path / "out")[same] == written(tmp_path / "again")[same]
+
+
+def test_a_merge_tells_what_it_has_made_again(tmp_path):
+    write_adapter(random_adapter(0, SHAPES), tmp_path / "task")
+    recipe = {"merge_method": "svd", "models": [{"model": str(tmp_path / "task")}] * 2}
+    stopped = [None] * 3
+
+    def on_progress(_):
+        stopped.pop()
+        if not stopped:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fusekit.merge(recipe, tmp_path / "out", threads=1, on_progress=on_progress)
+    data = tmp_path / "out.partial/adapter_model.safetensors"
+    content = bytearray(data.read_bytes())
+    content[-1] ^= 1
+    data.write_bytes(content)
+    report = fusekit.merge(recipe, tmp_path / "out")
+    assert report.resumed == 4
+    assert [text.partition(" again")[0] for text in report.warnings] == ["merged 1 module(s)"]
+    fusekit.merge(recipe, tmp_path / "whole")
+    assert written(tmp_path / "out") == written(tmp_path / "whole")
 
 
 def models(seed=0):
