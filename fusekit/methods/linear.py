@@ -19,8 +19,11 @@ def _linear(tensor: Tensor) -> Generator[Summary, Any, Combine]:
     return linear(shares(tensor, "linear") if tensor["normalize"] else tensor.each("weight"))
 
 
-def shares(tensor: Tensor, method: str, option: str = "normalize") -> list[float]:
+def shares(tensor: Tensor, method: str, option: str | None = "normalize") -> list[float]:
     """The models' weights divided by their sum.
+
+    Args:
+        option: the parameter that leaves the weights as they are, for the message.
 
     Raises:
         RecipeError: they sum to 0, up to the rounding of decimal fractions.
@@ -28,9 +31,10 @@ def shares(tensor: Tensor, method: str, option: str = "normalize") -> list[float
     weights = tensor.each("weight")
     total = math.fsum(weights)
     if abs(total) <= _ROUNDING * math.fsum(map(abs, weights)):
+        instead = "" if option is None else f"set {option}: false or "
         raise RecipeError(
             f"{method}: the weights of tensor {tensor.name!r} sum to 0 and cannot be normalised; "
-            f"set {option}: false or change a weight"
+            f"{instead}change a weight"
         )
     return [weight / total for weight in weights]
 

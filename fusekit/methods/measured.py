@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
-from fusekit.errors import CheckpointError, RecipeError
+from fusekit.errors import CheckpointError
 from fusekit.methods import matrix
 from fusekit.methods.base import Combine, Method, Parameter, Remark, Summary, Tensor
 from fusekit.methods.combines import linear
+from fusekit.methods.linear import shares
 from fusekit.methods.wholes import EMBEDDINGS, HEADS, is_excluded, is_matrix
 
 if TYPE_CHECKING:
@@ -18,11 +19,7 @@ if TYPE_CHECKING:
 
 
 def _shares(tensor: Tensor) -> list[float]:
-    weights = tensor.each("weight")
-    total = sum(weights)
-    if total <= 0:
-        raise RecipeError(f"weight: the weights of tensor {tensor.name!r} sum to 0")
-    return [weight / total for weight in weights]
+    return shares(tensor, "weight", option=None)
 
 
 def _average(tensor: Tensor) -> Generator[Summary, Any, Combine]:

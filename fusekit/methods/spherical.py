@@ -119,14 +119,8 @@ def _multislerp(tensor: Tensor) -> Steps:
 def _karcher(tensor: Tensor) -> Steps:
     if tensor.models == 1:
         return linear([1.0])
-    weights = tensor.each("weight")
-    total = sum(weights)
-    if total <= 0:
-        raise RecipeError(
-            f"karcher: the weights of tensor {tensor.name!r} sum to {total:g}, expected more than 0"
-        )
+    alphas = shares(tensor, "karcher", option=None)
     gram = yield Gram(tensor.models)
-    alphas = [weight / total for weight in weights]
     if tensor.models == 2 and gram[0][1] <= (1e-12 - 1.0) * math.sqrt(gram[0][0] * gram[1][1]) < 0:
         yield Remark("karcher: opposite directions have no mean: the first one is taken")
     return linear(karcher_weights(gram, alphas, tensor["max_iter"], tensor["tol"]))
@@ -135,16 +129,19 @@ def _karcher(tensor: Tensor) -> Steps:
 def karcher_weights(gram: Matrix, shares: list[float], max_iter: int, tol: float) -> list[float]:
     """Coefficients of the Riemannian centre of mass of vectors, times their mean norm.
 
+    Vectors no longer than `tol` have no direction and only lower the mean norm; all coefficients
+    are 0 where no other vector has a share.
+
     All iterates lie in the span of the unit vectors, so they are followed as coefficients `z` with
     inner products from the Gram matrix `unit` of the unit vectors.
     """
     norms = [math.sqrt(gram[i][i]) for i in range(len(gram))]
     valid = [i for i, norm in enumerate(norms) if norm > tol]
     result = [0.0] * len(gram)
-    if not valid:
+    total = sum(shares[i] for i in valid)
+    if total == 0:
         return result
     unit = [[gram[i][j] / (norms[i] * norms[j]) for j in valid] for i in valid]
-    total = sum(shares[i] for i in valid)
     alphas = [shares[i] / total for i in valid]
 
     z = list(alphas)
@@ -268,7 +265,15 @@ METHODS = (
                 "weight", "float", "The model's share.", default=1.0, per_model=True, minimum=0.0
             ),
             Parameter("max_iter", "int", "Most fixed-point steps.", default=10, minimum=0),
-            Parameter("tol", "float", "Stop below this step, in radians.", default=1e-5, above=0.0),
+            Parameter(
+                "tol",
+                "float",
+                "Stop when a step would be shorter than this, in radians. Also the norm up to "
+                "which a model's tensor counts as zero: it has no direction and only lowers the "
+                "mean norm, and where all do the result is zero.",
+                default=1e-5,
+                above=0.0,
+            ),
         ),
         rule=_karcher,
         base=None,

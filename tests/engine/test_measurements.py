@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 import fusekit
 from fusekit.checkpoint.statistics import save_statistics
-from fusekit.errors import CheckpointError, FusekitError
+from fusekit.errors import CheckpointError, FusekitError, RecipeError
 
 SHAPE = (4, 6)
 
@@ -95,6 +95,14 @@ def test_a_fisher_of_the_wrong_shape_is_refused(folder: Path) -> None:
     save_statistics(folder / "turned", rows, {})
     with pytest.raises(CheckpointError, match=r"has shape \[6, 4\], expected \[4, 6\] for tensor"):
         fusekit.plan(recipe(folder, "fisher", "fisher0", "turned"))
+
+
+@pytest.mark.parametrize("method", ["fisher", "regmean"])
+def test_weights_that_are_all_zero_are_refused(folder: Path, method: str) -> None:
+    pytest.importorskip("torch")
+    names = [f"{'gram' if method == 'regmean' else method}{i}" for i in range(2)]
+    with pytest.raises(RecipeError, match=r"'fc\.\w+' sum to 0 and cannot be .*; change a weight$"):
+        fusekit.merge(recipe(folder, method, *names, weight=0.0), folder / "out")
 
 
 def test_negative_fisher_information_is_refused(folder: Path) -> None:

@@ -215,6 +215,13 @@ def test_zero_tensors_only_lower_the_scale_of_the_karcher_mean() -> None:
     np.testing.assert_array_equal(merged([np.zeros(3)] * 2, "karcher"), np.zeros(3))
 
 
+def test_the_karcher_mean_is_zero_where_only_zero_tensors_have_a_share() -> None:
+    (a,) = gaussians(1, 20)
+    np.testing.assert_array_equal(
+        merged([a, np.zeros(20)], "karcher", **weighted(0.0, 1.0)), np.zeros(20)
+    )
+
+
 def test_tensors_shorter_than_the_tolerance_have_no_direction() -> None:
     a, b = gaussians(2, 20)
     short = 1e-6 * b / np.linalg.norm(b)

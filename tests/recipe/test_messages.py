@@ -64,7 +64,8 @@ WRONG = {
     ),
     "shares of nothing": (
         "merge_method: karcher\nmodels: [{model: ft1}, {model: ft1}]\nparameters: {weight: 0}",
-        "karcher: the weights of tensor 'model.layers.0.w' sum to 0, expected more than 0",
+        "karcher: the weights of tensor 'model.layers.0.w' sum to 0 and cannot be normalised; "
+        "change a weight",
     ),
     "probabilities beyond 1 in one layer": (
         "merge_method: della\nbase_model: ft1\nmodels: [{model: ft1/model.safetensors}]\n"
