@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fusekit.checkpoint.companions import TEMPLATES_FOLDER, is_companion
+from fusekit.checkpoint.companions import TEMPLATES_FOLDER, describes_model, is_companion
 from fusekit.checkpoint.hub import is_hub_reference, resolve_hub
 from fusekit.checkpoint.layout import JOURNAL, SIDE_FILE
 from fusekit.checkpoint.npz import NpzFile
@@ -261,7 +261,7 @@ def _refuse_links_out(folder: Path) -> None:
     root = real.parent.parent if real.parent.name == "snapshots" else real
     for place in _places(folder):
         for path in place.iterdir():
-            is_used = path.suffix in {".json", *_WEIGHT_SUFFIXES} or is_companion(path.name)
+            is_used = path.suffix in _WEIGHT_SUFFIXES or describes_model(path.name)
             if not is_used or not path.is_symlink() or not path.is_file():
                 continue
             if not path.resolve().is_relative_to(root):

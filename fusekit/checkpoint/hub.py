@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from fusekit.checkpoint.companions import is_companion
+from fusekit.checkpoint.companions import describes_model
 from fusekit.checkpoint.pipelines import DIFFUSERS_FILE, PIPELINE_FILES, join_parts
 from fusekit.checkpoint.ranges import HttpRanges
 from fusekit.checkpoint.remote import ChunkCache, RemoteSafetensors, open_files, read_small
@@ -75,7 +75,7 @@ def resolve_hub(reference: str, revision: str | None = None, stream: bool = Fals
         folder = _cached(repo, revision)
         return HubModel(repo, folder.name, folder)
     commit, names = listing
-    weights, companions = _weight_files(repo, names), _companion_files(names)
+    weights, companions = _weight_files(repo, names), list(filter(describes_model, names))
     wanted = companions if stream else [*weights, *companions]
     folder = _downloaded(repo, revision, endpoint, wanted)
     if folder.name != commit:
@@ -177,10 +177,6 @@ def _at(revision: str | None) -> str:
 def _literal(name: str) -> str:
     """A pattern that matches only this name."""
     return re.sub(r"([*?\[])", r"[\1]", name)
-
-
-def _companion_files(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.endswith(".json") or is_companion(name)]
 
 
 def _weight_files(repo: str, names: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fusekit.checkpoint.companions import is_companion
+from fusekit.checkpoint.companions import describes_model
 from fusekit.checkpoint.layout import MANIFEST
 from fusekit.checkpoint.ranges import FsspecRanges, open_file_system
 from fusekit.checkpoint.remote import within
@@ -96,9 +96,7 @@ class RemoteFolder:
     def _clear(self, kept: set[str]) -> None:
         """Remove an earlier output, its manifest first."""
         old = {
-            name
-            for name in self._names()
-            if name.endswith((".json", ".safetensors")) or is_companion(name)
+            name for name in self._names() if name.endswith(".safetensors") or describes_model(name)
         }
         if MANIFEST in old:
             old |= self._listed_in_manifest()
