@@ -8,6 +8,7 @@ order; everything else is counted in integers.
 
 from __future__ import annotations
 
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,7 @@ from fusekit.methods.base import (
     OrderValue,
     Request,
     Sequential,
+    ShareOfNonzero,
 )
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -174,12 +176,17 @@ class _State(Accumulator):
 
 @dataclass
 class _Target:
-    """One wanted rank of one row, and the bracket of keys it is known to lie in."""
+    """One wanted rank of one row, and the bracket of keys it is known to lie in.
+
+    Where it is a share of the values that are not zero, it is 0 until these are counted. It stays
+    0 where nothing is wanted but the count of what lies in the bracket and above it.
+    """
 
     row: int
     rank: int
     low: int
     high: int
+    share: float | None = None
     shift: int = 0
     found: OrderValue | None = None
 
@@ -187,6 +194,13 @@ class _Target:
     def bins(self) -> int:
         """How many counters its bracket takes."""
         return ((self.high - self.low) >> self.shift) + 1
+
+    def know(self, nonzero: int) -> None:
+        """Take the rank that a share comes to; nothing is found where it is 0."""
+        if self.share is not None and self.rank == 0:
+            self.rank = int(self.share * nonzero)
+            if self.rank == 0:
+                self.found = OrderValue(math.inf, 0, 0, 0)
 
     def narrow(self, low: int, high: int) -> None:
         """Look between two keys, in as few keys per bin as the bins allow."""
@@ -285,10 +299,16 @@ class _Order(Accumulator):
         self._below_sign = self._key.type(int(self._sign) - 1)
         self._top = int(self._below_sign) if self._absolute else int(~self._key.type(0))
         self._targets = [
-            _Target(row, rank, 0, self._top)
+            _Target(row, 0, 1, self._top, rank.share)
+            if isinstance(rank, ShareOfNonzero)
+            else _Target(row, rank, 0, self._top)
             for row, ranks in enumerate(summary.ranks)
             for rank in ranks
         ]
+        # What lies above a bracket that holds the key 0 alone is not zero.
+        shared = sorted({target.row for target in self._targets if target.share is not None})
+        self._zeros = [_Target(row, 0, 0, 0) for row in shared]
+        assert not shared or (self._absolute and not self._sampled)
         self._rows = len(summary.ranks)
         self._lock = threading.Lock()
         self._idle: list[_Counts] = []
@@ -373,12 +393,16 @@ class _Order(Accumulator):
     def _select(self) -> None:
         for target in self._targets:
             keys = self._collected[target.row]
+            target.know(int(np.count_nonzero(keys)))
+            if target.found is not None:
+                continue
             at = self._size - target.rank
             key = np.partition(keys, at)[at]
             target.found = OrderValue(
                 self._value(int(key)),
                 int(np.count_nonzero(keys > key)),
                 int(np.count_nonzero(keys == key)),
+                target.rank,
             )
 
     # -- many values -----------------------------------------------------------------------------
@@ -405,9 +429,10 @@ class _Order(Accumulator):
         """Take the sample's order statistics for those of the group."""
         taken = self._collected.shape[1]
         for target in self._targets:
-            at = min((self._size - target.rank) * taken // self._size, taken - 1)
-            key = int(np.partition(self._collected[target.row], at)[at])
-            target.found = OrderValue(self._value(key), target.rank - 1, 1)
+            keys, rank = self._collected[target.row], target.rank
+            at = min((self._size - rank) * taken // self._size, taken - 1)
+            key = int(np.partition(keys, at)[at])
+            target.found = OrderValue(self._value(key), rank - 1, 1, rank)
 
     def _bracket(self) -> None:
         """Keys between which a rank probably lies: 2.6 standard errors of independent values.
@@ -420,13 +445,18 @@ class _Order(Accumulator):
         errors = 2.6 / taken**0.5 + 0.004 * (FEWEST_PIECES / len(self._pieces)) ** 0.5
         ends, work = np.empty(2, self._key), np.empty(taken, self._key)
         for target in self._targets:
-            share = (self._size - target.rank) / self._size
+            keys, zeros = self._collected[target.row], 0
+            if target.share is None:
+                share = (self._size - target.rank) / self._size
+            else:
+                zeros = taken - int(np.count_nonzero(keys))
+                share = 1.0 - target.share * (taken - zeros) / taken
             margin = errors * (share * (1.0 - share)) ** 0.5 + 2.0 / taken
             first = max(0, int((share - margin) * taken))
             last = min(taken - 1, int((share + margin) * taken) + 1)
-            order.select(self._collected[target.row], np.array([first, last]), work, ends)
+            order.select(keys, np.array([first, last]), work, ends)
             target.narrow(
-                int(ends[0]) if first > 0 else target.low,
+                int(ends[0]) if first > zeros else target.low,
                 int(ends[1]) if last < taken - 1 else target.high,
             )
         self._collected = self._collected[:, :0].copy()
@@ -444,7 +474,7 @@ class _Order(Accumulator):
                 self._idle.append(counts)
 
     def _open(self) -> list[_Target]:
-        return [target for target in self._targets if target.found is None]
+        return [target for target in (*self._zeros, *self._targets) if target.found is None]
 
     def _count(self, summary: OrderStatistics, block: Block, counts: _Counts) -> None:
         bracketed = counts.brackets, counts.bins, counts.above
@@ -468,14 +498,21 @@ class _Order(Accumulator):
         for more in others:
             counts.add(more)
             _pool.give(more.bins)
-        number = 0
+        number, nonzero = 0, dict.fromkeys(range(self._rows), 0)
         for target in self._open():
             if target.rank == 1:
                 seen = counts.largest[target.row]
-                target.found = OrderValue(self._value(seen.key), 0, seen.times)
+                target.found = OrderValue(self._value(seen.key), 0, seen.times, 1)
                 continue
-            self._settle(target, counts.of(number), int(counts.above[number]))
+            bins, over = counts.of(number), int(counts.above[number])
             number += 1
+            if target.share is None and target.rank == 0:
+                nonzero[target.row] = over
+                target.found = OrderValue(0.0, over, int(bins[0]), over + 1)
+                continue
+            target.know(nonzero[target.row])
+            if target.found is None:
+                self._settle(target, bins, over)
         _pool.give(counts.bins)
 
     def _settle(self, target: _Target, bins: Array, over: int) -> None:
@@ -490,4 +527,5 @@ class _Order(Accumulator):
         if target.shift:
             target.narrow(low, min(low + (1 << target.shift) - 1, target.high))
             return
-        target.found = OrderValue(self._value(low), over + greater, int(bins[chosen]))
+        equal = int(bins[chosen])
+        target.found = OrderValue(self._value(low), over + greater, equal, target.rank)

@@ -367,16 +367,23 @@ def _deviate(
 
 
 @njit(nogil=True, cache=True)
-def _variance_of_three(first: Array, second: Array, third: Array, base: Array, out: Array) -> None:
+def variance_of_three(
+    first: np.uint16, second: np.uint16, third: np.uint16, base: np.uint16
+) -> np.float32:
+    """`variance` of one entry of three models."""
+    share, origin = 1.0 / 3, from_bf16(base)
+    zero = np.float64(from_bf16(first) - origin)
+    x = np.float64(from_bf16(second) - origin) - zero
+    y = np.float64(from_bf16(third) - origin) - zero
+    mean = (x + y) * share
+    return np.float32((x * x + y * y) * share - mean * mean)
+
+
+@njit(nogil=True, cache=True)
+def _vary_three(first: Array, second: Array, third: Array, base: Array, out: Array) -> None:
     """`variance_of_run` without working memory."""
-    share = 1.0 / 3
     for i in range(out.size):
-        origin = from_bf16(base[i])
-        zero = np.float64(from_bf16(first[i]) - origin)
-        x = np.float64(from_bf16(second[i]) - origin) - zero
-        y = np.float64(from_bf16(third[i]) - origin) - zero
-        mean = (x + y) * share
-        out[i] = (x * x + y * y) * share - mean * mean
+        out[i] = variance_of_three(first[i], second[i], third[i], base[i])
 
 
 @njit(nogil=True, cache=True)
@@ -387,7 +394,7 @@ def variance_of_run(bits: Array, start: int, total: Array, square: Array, out: A
     stop = start + out.size
     base, first = bits[n, start:stop], bits[0, start:stop]
     if n == 3:
-        _variance_of_three(first, bits[1, start:stop], bits[2, start:stop], base, out)
+        _vary_three(first, bits[1, start:stop], bits[2, start:stop], base, out)
         return
     total[:] = 0.0
     square[:] = 0.0

@@ -52,15 +52,6 @@ def variance(rows: Array, out: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
-def count_nonzero(row: Array) -> int:
-    """How many entries are not zero."""
-    count = 0
-    for i in range(row.size):
-        count += row[i] != 0
-    return count
-
-
-@njit(nogil=True, cache=True)
 def keep_where(chosen: Array, rows: Array) -> None:
     """Zero all rows at the positions where `chosen` is zero."""
     zero = rows.dtype.type(0)

@@ -13,7 +13,7 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct, tiles
-from fusekit.kernels.ballot import Election, elected
+from fusekit.kernels.ballot import Election, elected, summed_sign, voted_sign
 from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 from fusekit.kernels.packed import Steps
 
@@ -131,46 +131,39 @@ def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Arr
     return int(out.size)
 
 
+@njit(nogil=True, cache=True)
+def _within(update: np.float32, least: np.uint32, width: np.uint32) -> np.float32:
+    """The update where its magnitude's bits lie in [least, least + width], else 0."""
+    key = np.uint32(as_bits(update) & MAGNITUDE)
+    return update if np.uint32(key - least) <= width else np.float32(0)
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def _elect_run(
-    bits: Array,
-    begin: int,
-    least: Array,
-    most: Array,
-    open_above: bool,
-    rule: Election,
-    out: Array,
+    bits: Array, begin: int, least: Array, most: Array, rule: Election, out: Array
 ) -> np.uint32:
-    """A run of `elect_of_three`; the bits of the largest magnitude.
-
-    `open_above` says that no range ends: one comparison will do.
-    """
+    """A run of `elect_of_three`; the bits of the largest magnitude."""
     stop = begin + out.size
-    base, zero = bits[3, begin:stop], np.float32(0)
+    base, largest = bits[3, begin:stop], np.uint32(0)
     first, second, third = bits[0, begin:stop], bits[1, begin:stop], bits[2, begin:stop]
     j, k, m = least[0], least[1], least[2]
     e, f, g = np.uint32(most[0] - j), np.uint32(most[1] - k), np.uint32(most[2] - m)
-    largest = np.uint32(0)
-    if open_above:
+    if rule.alike:
         for i in range(out.size):
             origin = from_bf16(base[i])
-            x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
-            z = from_bf16(third[i]) - origin
-            x = x if np.uint32(as_bits(x) & MAGNITUDE) >= j else zero
-            y = y if np.uint32(as_bits(y) & MAGNITUDE) >= k else zero
-            z = z if np.uint32(as_bits(z) & MAGNITUDE) >= m else zero
-            value = elected(origin, x, y, z, rule)
+            x = _within(from_bf16(first[i]) - origin, j, e)
+            y = _within(from_bf16(second[i]) - origin, k, f)
+            z = _within(from_bf16(third[i]) - origin, m, g)
+            value = elected(origin, x, y, z, summed_sign(x, y, z), rule)
             out[i] = to_bf16(value)
             largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
         return largest
     for i in range(out.size):
         origin = from_bf16(base[i])
-        x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
-        z = from_bf16(third[i]) - origin
-        x = x if np.uint32(np.uint32(as_bits(x) & MAGNITUDE) - j) <= e else zero
-        y = y if np.uint32(np.uint32(as_bits(y) & MAGNITUDE) - k) <= f else zero
-        z = z if np.uint32(np.uint32(as_bits(z) & MAGNITUDE) - m) <= g else zero
-        value = elected(origin, x, y, z, rule)
+        x = _within(from_bf16(first[i]) - origin, j, e)
+        y = _within(from_bf16(second[i]) - origin, k, f)
+        z = _within(from_bf16(third[i]) - origin, m, g)
+        value = elected(origin, x, y, z, voted_sign(x, y, z, rule), rule)
         out[i] = to_bf16(value)
         largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
     return largest
@@ -198,8 +191,7 @@ def elect_of_three(bits: Array, start: int, steps: Steps, rule: Election, out: A
             return begin
         if not _find_ranges(bits, at, stop, steps, least, most, used):
             return begin
-        open_above = min(most[0], most[1], most[2]) == MAGNITUDE
-        if _elect_run(bits, at, least, most, open_above, rule, part) >= direct.OVERFLOW:
+        if _elect_run(bits, at, least, most, rule, part) >= direct.OVERFLOW:
             return begin
         for number in range(left.size):
             left[number] -= used[number]

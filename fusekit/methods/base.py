@@ -284,6 +284,15 @@ class OrderValue:
     value: float
     greater: int
     equal: int
+    rank: int
+    """The k that was asked for, or that a share came to; of 0, the value is infinite."""
+
+
+@dataclass(frozen=True)
+class ShareOfNonzero:
+    """The rank int(share * values that are not zero), of magnitudes: known when all are seen."""
+
+    share: float
 
 
 class OrderStatistics(Summary):
@@ -297,7 +306,7 @@ class OrderStatistics(Summary):
 
     @property
     @abstractmethod
-    def ranks(self) -> tuple[tuple[int, ...], ...]:
+    def ranks(self) -> tuple[tuple[int | ShareOfNonzero, ...], ...]:
         """Per row of values, the ranks wanted: 1 is the largest, group_size the smallest."""
 
     @abstractmethod

@@ -21,6 +21,7 @@ from fusekit.methods.base import (
     Remark,
     Request,
     Scope,
+    ShareOfNonzero,
     Summary,
     Tensor,
 )
@@ -359,12 +360,12 @@ class DropLargest(RowPruning):
 class Ordered(OnPruned, OrderStatistics):
     """Largest values of some rows. `wanted` has, per row, the ranks of interest (1 the largest)."""
 
-    wanted: tuple[tuple[int, ...], ...]
+    wanted: tuple[tuple[int | ShareOfNonzero, ...], ...]
     scope: Scope = "group"
     sampled: bool = False
 
     @property
-    def ranks(self) -> tuple[tuple[int, ...], ...]:
+    def ranks(self) -> tuple[tuple[int | ShareOfNonzero, ...], ...]:
         return self.wanted
 
     def group_key(self) -> tuple[Any, ...]:
@@ -409,13 +410,9 @@ class Variances(Ordered):
     """Largest variances over the models: a single row."""
 
     def values(self, block: Block) -> Array:
-        return variances(block, self.prunings)
-
-
-def variances(block: Block, prunings: Prunings) -> Array:
-    """(1, m) population variances over the models after the prunings."""
-    packed = block.packed
-    if packed is not None and not prunings:
+        packed = block.packed
+        if packed is None or self.prunings:
+            return variances_of(prune(block, self.prunings), block)
         out = block.scratch("variance", (1, block.size), "float32")
         done = 0
         if block.bfloat16 is not None:
@@ -423,7 +420,18 @@ def variances(block: Block, prunings: Prunings) -> Array:
         if done < block.size:
             kernels.tiles.variance(packed.behind(done), block.tensor.models, out[0, done:])
         return out
-    return variances_of(prune(block, prunings), block)
+
+    def tally(self, block: Block, brackets: Array, bins: Array, above: Array) -> bool:
+        packed, counts = block.bfloat16, (brackets, bins, above)
+        if packed is None or self.prunings:
+            return False
+        place = packed.bits, packed.start, block.size
+        done = kernels.selected.count_brackets(*place, *counts)
+        if done < block.size:
+            rest = block.scratch("variance", (1, block.size - done), "float32")
+            kernels.tiles.variance(packed.behind(done), block.tensor.models, rest[0])
+            kernels.order.count_brackets(rest.view("uint32"), *counts)
+        return True
 
 
 def variances_of(rows: Array, block: Block) -> Array:
@@ -607,46 +615,24 @@ class KeepVarying(Pruning):
         return Step("KEEP_FIRST_VARYING", 0, self.cut.threshold, cut=self.cut)
 
 
-@dataclass(frozen=True, eq=False)
-class VaryingPositions(OnPruned, Additive):
-    """How many positions are not the same in all models."""
-
-    scope: Scope = "group"
-
-    def width(self, tensor: Tensor) -> int:
-        return 1
-
-    def group_key(self) -> type:
-        return VaryingPositions
-
-    def measure(self, block: Block, out: Array) -> None:
-        out[:] = 0.0
-        varying = variances(block, self.prunings)[0]
-        out[0, 0] = kernels.thin.count_nonzero(varying)
-
-
 def exact_cuts(
     tensor: Tensor, order: Ordered
 ) -> Generator[Summary, Any, tuple[tuple[Cut, ...], ...]]:
     """Per row and wanted rank k, the cut behind exactly k entries."""
     found: Sequence[tuple[OrderValue, ...]] = yield order
-    places = [
-        (row, rank, value)
-        for row, (ranks, values) in enumerate(zip(order.wanted, found, strict=True))
-        for rank, value in zip(ranks, values, strict=True)
-    ]
+    places = [(row, value) for row, values in enumerate(found) for value in values]
     # Entries that are zero anyway need no choice among them.
     split = [
-        value.value != 0.0 and value.greater + value.equal != rank for _, rank, value in places
+        value.value != 0.0 and value.greater + value.equal != value.rank for _, value in places
     ]
     before = None
     if any(split) and not tensor.in_order:
-        before = yield TiesBefore(order, tuple((row, value.value) for row, _, value in places))
+        before = yield TiesBefore(order, tuple((row, value.value) for row, value in places))
     cuts: list[list[Cut]] = [[] for _ in order.wanted]
-    for column, (row, rank, value) in enumerate(places):
+    for column, (row, value) in enumerate(places):
         cut = Cut(value.value)
         if split[column]:
-            ties = rank - value.greater
+            ties = value.rank - value.greater
             cut = Cut(value.value, ties, None if before is None else before[:, column])
         cuts[row].append(cut)
     return tuple(map(tuple, cuts))
@@ -746,16 +732,14 @@ def drop_random(tensor: Tensor, densities: Sequence[float]) -> tuple[RandomDrop,
 def keep_most_varying(tensor: Tensor, share: float) -> Generator[Summary, Any, Prunings]:
     """Keep the int(share * varying) positions whose variance over the models is largest.
 
-    `varying` counts the positions that are not the same in all models. Where nothing is to be kept,
-    everything is dropped; a share of 1 or more prunes nothing.
+    `varying` counts the positions that are not the same in all models. A share of 1 or more prunes
+    nothing, one of 0 everything.
     """
     if share >= 1.0:
         return ()
-    (varying,) = yield VaryingPositions(())
-    count = int(varying * share)
-    if count <= 0:
+    if share <= 0.0:
         return emptied([0.0] * tensor.models)
-    ((cut,),) = yield from exact_cuts(tensor, Variances((), ((count,),)))
+    ((cut,),) = yield from exact_cuts(tensor, Variances((), ((ShareOfNonzero(share),),)))
     return (KeepVarying(cut),)
 
 

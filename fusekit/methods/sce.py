@@ -88,7 +88,7 @@ METHODS = (
             ),
             int8_mask_parameter(),
         ),
-        passes="two, with select_topk below 1 four (count, order statistics, energies, combine)",
+        passes="two, with select_topk below 1 three (order statistics, energies, combine)",
         use_when="Several chat models tuned from one pivot on data of different teachers.",
         caveats=(
             "There are no weights to set. With select_topk below 1 a tensor that is the same in "

@@ -244,6 +244,8 @@ def elect(tensor: Tensor, prunings: Prunings, weights: tuple[float, ...]) -> Mer
         ballots = tuple(
             b / norm if norm > 0 else 0.0 for b, norm in zip(ballots, norms.tolist(), strict=True)
         )
+    if ballots[0] > 0.0 and len(set(ballots)) == 1:
+        ballots = (1.0,) * tensor.models  # the same election, and what cancels does so exactly
     merge = tensor["merge"] or ("mean" if tensor["normalize"] else "sum")
     if merge == "mean" and min(weights) < 0.0 < max(weights):
         yield Remark("dividing by weights of both signs: the sum of those that agree may be near 0")

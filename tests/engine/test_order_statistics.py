@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from fusekit.methods.base import (
     Method,
     OrderStatistics,
     OrderValue,
+    ShareOfNonzero,
     Tensor,
 )
 from tests.engine.support import execute
@@ -30,7 +32,7 @@ Found = tuple[tuple[OrderValue, ...], ...]
 class Largest(OrderStatistics):
     """Ranks of the models themselves, by magnitude or by value."""
 
-    wanted: tuple[tuple[int, ...], ...]
+    wanted: tuple[tuple[int | ShareOfNonzero, ...], ...]
     by_magnitude: bool
 
     @property
@@ -38,7 +40,7 @@ class Largest(OrderStatistics):
         return self.by_magnitude
 
     @property
-    def ranks(self) -> tuple[tuple[int, ...], ...]:
+    def ranks(self) -> tuple[tuple[int | ShareOfNonzero, ...], ...]:
         return self.wanted
 
     def values(self, block: Block) -> Array:
@@ -47,7 +49,7 @@ class Largest(OrderStatistics):
 
 def measured(
     tensors: Sequence[Array],
-    ranks: Sequence[Sequence[int]],
+    ranks: Sequence[Sequence[int | ShareOfNonzero]],
     *,
     absolute: bool = True,
     engine: dict[str, Any] | None = None,
@@ -70,9 +72,8 @@ def expected(values: Array, rank: int, absolute: bool) -> OrderValue:
     """By sorting."""
     flat = np.abs(values) if absolute else values
     value = np.sort(flat)[flat.size - rank]
-    return OrderValue(
-        float(value), int(np.count_nonzero(flat > value)), int(np.count_nonzero(flat == value))
-    )
+    greater, equal = (int(np.count_nonzero(which)) for which in (flat > value, flat == value))
+    return OrderValue(float(value), greater, equal, rank)
 
 
 def check(
@@ -183,6 +184,22 @@ def test_several_ranks_per_row_and_rows_without_any(dtype: Any) -> None:
     (found,) = measured([rows], ranks)
     for row, wanted, values in zip(rows, ranks, found, strict=True):
         assert list(values) == [expected(row, rank, True) for rank in wanted]
+
+
+@pytest.mark.parametrize("size", [1, 1000, BIG])
+@pytest.mark.parametrize("zeros", [0.0, 0.02, 0.7, 0.9999, 1.0])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_shares_of_the_values_that_are_not_zero(size: int, zeros: float, threads: int) -> None:
+    values = np.where(np.random.default_rng(8).random(size) < zeros, 0.0, normal(size))
+    values = values.astype(np.float32)
+    shares = [1e-6, 0.0007, 0.1, 0.5, 0.999, 1.0]
+    ranks: list[int | ShareOfNonzero] = [*map(ShareOfNonzero, shares), size]
+    ((found,),) = measured([values[None]], [ranks], engine={"threads": threads})
+    for share, value in zip(shares, found, strict=False):
+        rank = int(share * np.count_nonzero(values))
+        wanted = expected(values, rank, True) if rank else OrderValue(math.inf, 0, 0, 0)
+        assert value == wanted, share
+    assert found[-1] == expected(values, size, True)
 
 
 @pytest.mark.parametrize("sizes", [[5, 3], [70_000, 1, 8192, 90_001], [300_000, 10, 8193]])
