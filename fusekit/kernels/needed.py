@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct
-from fusekit.kernels.floats import from_bf16
+from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -31,11 +31,70 @@ def _sum_up(bits: Array, start: int, total: Array, update: Array) -> None:
 
 
 @njit(nogil=True, cache=True)
+def _stands_out(d: float, update: float, ratio: float) -> bool:
+    """What `masks.stand_out` says of an entry of one task vector."""
+    return bool(abs(d) > ratio * abs(update - d))
+
+
+@njit(nogil=True, cache=True)
 def _mark(model: Array, base: Array, update: Array, ratio: float, kept: Array) -> None:
-    """kept = |d| > ratio |update - d|: what `masks.stand_out` says of one task vector d."""
+    """kept = where a task vector stands out."""
     for i in range(update.size):
         d = np.float64(from_bf16(model[i]) - from_bf16(base[i]))
-        kept[i] = abs(d) > ratio * abs(np.float64(update[i]) - d)
+        kept[i] = _stands_out(d, np.float64(update[i]), ratio)
+
+
+@njit(nogil=True, cache=True)
+def _three_updates(
+    first: np.uint16, second: np.uint16, third: np.uint16, origin: np.float32
+) -> tuple[float, float, float, float]:
+    """Entries of three task vectors and their sum, rounded to float32."""
+    x = np.float64(from_bf16(first) - origin)
+    y = np.float64(from_bf16(second) - origin)
+    z = np.float64(from_bf16(third) - origin)
+    return x, y, z, np.float64(np.float32((x + y) + z))
+
+
+@njit(nogil=True, cache=True)
+def _sum_and_mark_three(bits: Array, start: int, ratios: Array, keep: Array, out: Array) -> bool:
+    """A run of `sum_and_masks` in registers."""
+    stop = start + out.size
+    first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
+    base, largest = bits[3, start:stop], np.uint32(0)
+    one, two, three = keep[0, : out.size], keep[1, : out.size], keep[2, : out.size]
+    a, b, c = ratios[0], ratios[1], ratios[2]
+    for i in range(out.size):
+        origin = from_bf16(base[i])
+        x, y, z, update = _three_updates(first[i], second[i], third[i], origin)
+        one[i] = _stands_out(x, update, a)
+        two[i] = _stands_out(y, update, b)
+        three[i] = _stands_out(z, update, c)
+        value = np.float32(np.float64(origin) + update)
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+    return bool(largest < direct.OVERFLOW)
+
+
+@njit(nogil=True, cache=True)
+def _consensus_of_three(
+    bits: Array, start: int, ratios: Array, tasks: int, scale: float, out: Array
+) -> bool:
+    """A run of `consensus` in registers."""
+    stop = start + out.size
+    first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
+    base, largest = bits[3, start:stop], np.uint32(0)
+    a, b, c = ratios[0], ratios[1], ratios[2]
+    if not direct.all_finite(bits, start, stop):  # what is left out would not show
+        return False
+    for i in range(out.size):
+        origin = from_bf16(base[i])
+        x, y, z, update = _three_updates(first[i], second[i], third[i], origin)
+        count = np.int32(_stands_out(x, update, a)) + np.int32(_stands_out(y, update, b))
+        count += np.int32(_stands_out(z, update, c))
+        value = np.float32(np.float64(origin) + (scale * update if count >= tasks else 0.0))
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+    return bool(largest < direct.OVERFLOW)
 
 
 @njit(nogil=True, cache=True)
@@ -57,6 +116,10 @@ def sum_and_masks(bits: Array, start: int, ratios: Array, keep: Array, out: Arra
         part = out[begin : begin + _CHUNK]
         at, end = start + begin, begin + part.size
         stop = at + part.size
+        if models == 3:
+            if not _sum_and_mark_three(bits, at, ratios, keep[:, begin:end], part):
+                return False
+            continue
         if not direct.all_finite(bits, at, stop):
             return False
         update, base = updates[: part.size], bits[models, at:stop]
@@ -81,6 +144,10 @@ def consensus(bits: Array, start: int, ratios: Array, tasks: int, scale: float, 
         part = out[begin : begin + _CHUNK]
         at = start + begin
         stop = at + part.size
+        if models == 3:
+            if not _consensus_of_three(bits, at, ratios, tasks, scale, part):
+                return False
+            continue
         if not direct.all_finite(bits, at, stop):
             return False
         update, base = updates[: part.size], bits[models, at:stop]
