@@ -376,6 +376,10 @@ class Combine(Request):
         """What the block adds to the method's side tensors; asked right after `apply`."""
         return ()
 
+    def rescaled(self, scale: float) -> Combine | None:
+        """base + scale * (what this one changes), where it is a combine of the same kind."""
+        return None
+
 
 @dataclass(frozen=True)
 class Copy(Combine):

@@ -42,6 +42,10 @@ class Linear(Combine):
             return
         kernels.tiles.combine(packed, weights, self.base_weight, out)
 
+    def rescaled(self, scale: float) -> Combine:
+        weights = [scale * weight for weight in self.weights]
+        return linear(weights, 1.0 + scale * (self.base_weight - 1.0))
+
 
 def linear(weights: list[float], base_weight: float = 0.0) -> Combine:
     """A linear combination, as a copy where it is one: weight 1 on one operand, 0 on all others."""

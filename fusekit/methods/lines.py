@@ -22,6 +22,7 @@ from fusekit.methods.base import (
     Summary,
     Tensor,
 )
+from fusekit.methods.combines import Linear
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,9 @@ def scale_layers(method: Method, by: Schedule) -> Method:
         scale = place.factor * alpha + place.offset
         if scale == 1.0 or (isinstance(combine, Copy) and combine.model < 0):
             return combine
-        return Copy(-1) if scale == 0.0 else Rescaled(combine, scale)
+        if isinstance(combine, Copy):
+            combine = Linear(tuple(float(i == combine.model) for i in range(tensor.models)))
+        return Copy(-1) if scale == 0.0 else combine.rescaled(scale) or Rescaled(combine, scale)
 
     def matrix(
         tensor: Tensor, rows: list[torch.Tensor], measured: list[Measured]

@@ -7,7 +7,7 @@ Every method of the family is a pruner followed by `add_up` or `elect`.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from fusekit import kernels
@@ -98,6 +98,9 @@ class PrunedSum(OnPruned, Combine):
         with program.on(block) as steps:
             kernels.tiles.weighted_sum(packed, block.start, steps, weights, out)
 
+    def rescaled(self, scale: float) -> Combine:
+        return replace(self, weights=tuple(scale * weight for weight in self.weights))
+
 
 @dataclass(frozen=True, eq=False)
 class ElectedMerge(OnPruned, Combine):
@@ -172,6 +175,9 @@ class ElectedMerge(OnPruned, Combine):
             kernels.tiles.elect_and_merge(
                 packed, block.start, steps, ballots, weights, *choices, self.scale, out
             )
+
+    def rescaled(self, scale: float) -> Combine:
+        return replace(self, scale=scale * self.scale)
 
 
 @dataclass(frozen=True, eq=False)
