@@ -64,6 +64,8 @@ class Checkpoint:
     folder: Path | None = None
     temporary: tempfile.TemporaryDirectory[str] | None = field(default=None, repr=False)
     """What holds a folder of fetched companions alive as long as the checkpoint."""
+    adapter: Path | None = None
+    """The folder or file of the adapter that is folded in."""
 
     def config(self) -> dict[str, Any] | None:
         """The parsed config.json, or None where there is none."""
@@ -136,7 +138,7 @@ def open_checkpoint(
         return model
     try:
         adapter = adapter_folder(reference, parsed.lora, parsed.lora_revision, relative_to)
-        return replace(model, source=_with_adapter(model.source, adapter))
+        return replace(model, source=_with_adapter(model.source, adapter), adapter=adapter)
     except BaseException:
         model.source.close()
         raise
@@ -228,7 +230,7 @@ def _open_path(reference: str, path: Path) -> Checkpoint:
     if path.is_dir():
         return Checkpoint(reference, _open_folder(path), path)
     if path.name.endswith((INDEX_SUFFIX, PICKLE_INDEX_SUFFIX)):
-        _refuse_links_out(path.parent)
+        refuse_links_out(path.parent)
     if path.name.endswith(INDEX_SUFFIX):
         return Checkpoint(reference, open_sharded(path), path.parent)
     if path.name.endswith(PICKLE_INDEX_SUFFIX):
@@ -252,10 +254,13 @@ def _places(folder: Path) -> list[Path]:
     ]
 
 
-def _refuse_links_out(folder: Path) -> None:
+def refuse_links_out(folder: Path) -> None:
     """Refuse weights and companions that are links to files elsewhere, which would be copied.
 
     The hub's cache keeps the files of a snapshot in a folder of their own beside all snapshots.
+
+    Raises:
+        CheckpointError: there is such a link.
     """
     real = folder.resolve()
     root = real.parent.parent if real.parent.name == "snapshots" else real
@@ -277,7 +282,7 @@ def _open_folder(folder: Path) -> TensorSource:
             f"{folder}: an unfinished output, expected a checkpoint; finish it by the command "
             "that began it"
         )
-    _refuse_links_out(folder)
+    refuse_links_out(folder)
     if not is_pipeline(folder):
         own = _weights(folder)
         if own is None:

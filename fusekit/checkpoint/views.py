@@ -15,6 +15,7 @@ from fusekit.checkpoint.dtypes import DTYPES, dtype_of
 from fusekit.checkpoint.recent import Recent
 from fusekit.checkpoint.source import TensorInfo, TensorSource
 from fusekit.errors import CheckpointError
+from fusekit.tokenizers.embedding import EMBEDDING_NAMES, HEAD_NAMES
 
 if TYPE_CHECKING:
     from fusekit.adapters.adapter import Adapter, LoraModule
@@ -188,11 +189,15 @@ class LoraSource(TensorSource):
         self._base.close()
 
     def _may_be_new(self, name: str) -> bool:
-        """Whether a full tensor may be absent from the base, or have another shape there.
+        """Whether a full tensor may be absent from the base.
 
-        So it is for the heads of `modules_to_save`, and for resized or untied embeddings, which
-        PEFT saves whole when they are adapted.
+        So it is for the heads of `modules_to_save`, and for resized or untied embeddings and heads,
+        which PEFT saves whole.
         """
+        return self._is_saved(name) or _is_vocabulary(name)
+
+    def _is_saved(self, name: str) -> bool:
+        """Whether a tensor belongs to `modules_to_save`, or is a base that is adapted itself."""
         module = f".{name.rpartition('.')[0]}"
         saved = self._adapter.config.get("modules_to_save") or ()
         return name in self._adapter.modules or any(
@@ -202,7 +207,12 @@ class LoraSource(TensorSource):
     def _offer_replacement(self, name: str, target: str) -> None:
         array = self._adapter.replacements[name]
         before = self._base.tensors.get(target)
-        if before is not None and before.shape != array.shape and not self._may_be_new(name):
+        if (
+            before is not None
+            and before.shape != array.shape
+            and not self._is_saved(name)
+            and not (_is_vocabulary(name) and before.shape[1:] == array.shape[1:])
+        ):
             raise CheckpointError(
                 f"{self._adapter.label}: tensor {name!r} has shape {list(array.shape)}, "
                 f"{self._base.where(target)} has {list(before.shape)}"
@@ -292,6 +302,11 @@ class LoraSource(TensorSource):
             else:
                 squares[row : row + len(block)] = block.sum(axis=1)
         return squares
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a tensor has a row for every token: an embedding, a head or its bias."""
+    return bool(EMBEDDING_NAMES.search(name) or HEAD_NAMES.search(name))
 
 
 _COMPUTED = {"F16": "F32", "BF16": "F32", "F32": "F32", "F64": "F64"}

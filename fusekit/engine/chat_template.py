@@ -28,7 +28,8 @@ def with_chat_template(
     which every version of transformers reads.
     """
     template = chosen_template(
-        setting, [_template(checkpoint.folder) for checkpoint in checkpoints]
+        setting,
+        [template_in(each.adapter) or template_in(each.folder) for each in checkpoints],
     )
     if template is None:
         return dict(files)
@@ -57,8 +58,12 @@ def _has(folder: Path | None, name: str) -> bool:
     return folder is not None and (folder / name).is_file()
 
 
-def _template(folder: Path | None) -> str | None:
-    """A model's chat template; of several named ones the default."""
+def template_in(folder: Path | None) -> str | None:
+    """A model's chat template; of several named ones the default.
+
+    Raises:
+        CheckpointError: a file that should hold it cannot be read.
+    """
     if folder is None:
         return None
     if _has(folder, _FILE):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import xxhash
@@ -15,6 +16,7 @@ from fusekit.checkpoint.folder import Checkpoint, open_checkpoint
 from fusekit.checkpoint.layers import Layer, infer_layers
 from fusekit.checkpoint.layout import DEFAULT_SHARD_BYTES, lay_out, parse_size
 from fusekit.checkpoint.source import TensorInfo
+from fusekit.engine.adapter_tokenizer import carried_tokenizer
 from fusekit.engine.chat_template import with_chat_template
 from fusekit.engine.filters import idle_filters
 from fusekit.engine.matching import Matched, Matcher, head_notes
@@ -146,6 +148,10 @@ def plan_checkpoints(
     ]
     check_rules(planned)
     reference = next(i for i, c in enumerate(opened) if c.reference == operands.reference)
+    if recipe.tokenizer_source is None and recipe.tokenizer is None:
+        written = [tensor.info for tensor in matched]
+        files, notes = carried_tokenizer(opened, opened[reference], written)
+        vocabulary = replace(vocabulary, files=files, notes=(*vocabulary.notes, *notes))
     made = Plan(
         tensors=tuple(planned),
         checkpoints=tuple(opened),

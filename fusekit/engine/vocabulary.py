@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fusekit.checkpoint.folder import Checkpoint
+from fusekit.engine.adapter_tokenizer import tokenizer_folder, vocabulary_size
 from fusekit.engine.operands import Operands
 from fusekit.recipe.schema import Recipe
 
@@ -74,7 +75,7 @@ def common_vocabulary(
 
 def _different_ends(operands: Operands, checkpoints: Sequence[Checkpoint]) -> tuple[str, ...]:
     """A note where the embedding and the head come from models with different tokenizers."""
-    folders = {checkpoint.reference: checkpoint.folder for checkpoint in checkpoints}
+    folders = {checkpoint.reference: tokenizer_folder(checkpoint) for checkpoint in checkpoints}
     for section in operands.sections:
         ends = [part.operands[0].model for part in (section.slices[0], section.slices[-1])]
         paths = [folder / "tokenizer.json" for end in ends if (folder := folders[end]) is not None]
@@ -90,14 +91,13 @@ def _different_ends(operands: Operands, checkpoints: Sequence[Checkpoint]) -> tu
 
 def _vocabulary_input(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """A model's tokenizer and usable rows, and its embedding and head tensors."""
-    from fusekit.tokenizers.config import config_vocab_size
     from fusekit.tokenizers.embedding import embedding_rows, vocabulary_tensors
     from fusekit.tokenizers.union import VocabularyInput
     from fusekit.tokenizers.vocabulary import has_tokenizer, read_vocabulary
 
-    folder = checkpoint.folder
+    folder = tokenizer_folder(checkpoint)
     known = read_vocabulary(folder) if folder is not None and has_tokenizer(folder) else None
-    size = config_vocab_size(checkpoint.config())
+    size = vocabulary_size(checkpoint)
     tokens = known.size if known is not None else size or 1
     tensors = vocabulary_tensors(checkpoint.source.tensors, tokens=tokens, vocab_size=size)
     rows = embedding_rows(tensors, checkpoint.reference)

@@ -27,8 +27,8 @@ from fusekit.tokenizers.files import tokenizer_files
 from fusekit.tokenizers.matching import Matching
 from fusekit.tokenizers.transplant import TransplantOptions, transplant, unused_ids
 from fusekit.tokenizers.vocabulary import (
-    TOKENIZER_FILES,
     Vocabulary,
+    is_tokenizer_file,
     read_json,
     read_vocabulary,
 )
@@ -227,7 +227,7 @@ def _companions(model: _Side, donor: _Side, rows: int) -> dict[str, bytes]:
     files = {
         path.name: path.read_bytes()
         for path in model.checkpoint.companions()
-        if path.name not in TOKENIZER_FILES and path.suffix not in (".model", ".tiktoken", ".vocab")
+        if not is_tokenizer_file(path.name)
     }
     files |= tokenizer_files(donor.vocabulary)
     token_ids = _special_ids(donor, donor.config)

@@ -18,6 +18,9 @@ from fusekit.errors import CheckpointError
 MAX_TOKEN_ID = 1 << 24
 """Ids from here on are refused: arrays over ids would grow with a number found in a file."""
 
+TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
+"""Files that hold a chat template; it may be in tokenizer_config.json instead."""
+
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,8 +29,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "vocab.txt",
-    "chat_template.jinja",
-    "chat_template.json",
+    *TEMPLATE_FILES,
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -95,6 +97,15 @@ class Vocabulary:
     def ordered(self) -> list[tuple[str, int]]:
         """`(token, id)` by ascending id, then by token."""
         return sorted(self.ids.items(), key=lambda item: (item[1], item[0]))
+
+
+def is_tokenizer_file(name: str) -> bool:
+    """Whether a file beside a model's weights is a part of its tokenizer.
+
+    >>> [is_tokenizer_file(name) for name in ("tokenizer.json", "qwen.tiktoken", "config.json")]
+    [True, True, False]
+    """
+    return name in TOKENIZER_FILES or name.endswith((".model", ".tiktoken", ".vocab"))
 
 
 def has_tokenizer(folder: Path) -> bool:
