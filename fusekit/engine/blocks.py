@@ -22,8 +22,8 @@ Array = np.ndarray[Any, np.dtype[Any]]
 BLOCK_ELEMENTS = 131072
 """Default block: its decoded rows stay in the cache, and Python's share of the work is small."""
 
-LONG_BLOCK = 8
-"""How many blocks are one where the operands lie in memory and nothing of them is decoded."""
+WIDE_BLOCK, LONG_BLOCK = 2, 8
+"""How many blocks are one where nothing is decoded; the second where all operands are in memory."""
 
 MAX_VIEWS = 256
 """Views of working memory that are remembered; shapes beyond the usual few are the tails."""
@@ -231,9 +231,9 @@ class BlockReader:
     def blocks(self, request: Request, start: int, stop: int) -> Iterator[Block]:
         """The blocks of `[start, stop)`, cut at multiples of the request's unit."""
         elements = self.space.block_elements
-        held = isinstance(self.fetch, Resident) and self.fetch.is_complete
-        if request.in_registers and self._kind is not None and held:
-            elements *= LONG_BLOCK
+        if request.in_registers and self._kind is not None:
+            held = isinstance(self.fetch, Resident) and self.fetch.is_complete
+            elements *= LONG_BLOCK if held else WIDE_BLOCK
         step = block_length(request.unit(self.planned.shape), elements)
         self._deltas = request.deltas and self.planned.base is not None
         for begin in range(start, stop, step):

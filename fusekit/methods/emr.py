@@ -41,9 +41,13 @@ def _unified(block: Block, factors: Sequence[float]) -> tuple[Array, Array]:
     return update, keep
 
 
+def _scales_nothing(factors: Sequence[float]) -> bool:
+    return all(factor == 1.0 for factor in factors)
+
+
 def _as_read(block: Block, factors: Sequence[float]) -> Packed | None:
     """The operands of bfloat16 models whose task vectors are not scaled."""
-    return block.bfloat16 if all(factor == 1.0 for factor in factors) else None
+    return block.bfloat16 if _scales_nothing(factors) else None
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,10 @@ class Magnitudes(Additive):
     by_tensor: bool
     factors: tuple[float, ...]
     scope: Scope
+
+    @property
+    def in_registers(self) -> bool:  # type: ignore[override]
+        return _scales_nothing(self.factors)
 
     def width(self, tensor: Tensor) -> int:
         return 2 * tensor.models
@@ -79,6 +87,10 @@ class Unify(Combine):
 
     scales: tuple[float, ...]
     factors: tuple[float, ...]
+
+    @property
+    def in_registers(self) -> bool:  # type: ignore[override]
+        return _scales_nothing(self.factors)
 
     def encode(self, block: Block, out: Array) -> bool:
         operands = _as_read(block, self.factors)

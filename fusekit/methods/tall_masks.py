@@ -39,6 +39,10 @@ class StandOut(OnPruned, Combine):
     ratios: tuple[float, ...]
     ties: bool
 
+    @property
+    def in_registers(self) -> bool:  # type: ignore[override]
+        return not self.ties
+
     def summed(self, block: Block) -> Packed | None:
         """The operands of bfloat16 models whose task vectors are summed as they are."""
         return None if self.ties else block.bfloat16

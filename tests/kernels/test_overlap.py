@@ -44,7 +44,7 @@ def test_changes_of_one_model_are_boosted_and_those_of_several_averaged(
     np.testing.assert_array_equal(out, expected.astype(ml_dtypes.bfloat16).view(np.uint16))
 
 
-@pytest.mark.parametrize("count", [1, 2, 5])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("size", [1, 1024, 10_001])
 def test_changes_are_counted_by_whether_others_made_them_too(size: int, count: int) -> None:
     values, bits = operands(count, size)
@@ -60,12 +60,29 @@ def test_changes_are_counted_by_whether_others_made_them_too(size: int, count: i
     np.testing.assert_array_equal(out, expected)
 
 
+@pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_values_that_are_not_finite_are_declined(bad: float) -> None:
-    _, bits = operands(2, 3000)
-    bits[1, 2900] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
-    assert not overlap.reinforce_bits(bits, 0, 0.0, np.ones(2), np.empty(3000, np.uint16))
-    assert not overlap.count_overlap_of_bits(bits, 0, 3000, 0.0, np.empty(4))
+def test_values_that_are_not_finite_are_declined(bad: float, count: int) -> None:
+    for model in range(count + 1):
+        _, bits = operands(count, 3000)
+        bits[model, 2900] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
+        out, counts = np.empty(3000, np.uint16), np.empty(2 * count)
+        assert not overlap.reinforce_bits(bits, 0, 0.0, np.ones(count), out)
+        assert not overlap.count_overlap_of_bits(bits, 0, 3000, 0.0, counts)
+
+
+@pytest.mark.parametrize("epsilon", [0.1, 0.25, 0.3])
+def test_a_change_must_exceed_epsilon(epsilon: float) -> None:
+    at, one = np.float32(epsilon), np.uint16(0x3F80)
+    around = [np.nextafter(at, np.float32(0)), at, np.nextafter(at, np.float32(1))]
+    deltas = np.array([around, np.zeros(3), np.zeros(3)], np.float32)
+    out = np.empty(6)
+    overlap.count_overlap(deltas, epsilon, out)
+    assert out[0] == sum(float(value) > epsilon for value in around)
+    step = np.uint16(0x3E80)  # 0.25, all of it an update of a base of 0
+    bits = np.array([[step, one], [0, 0], [0, 0], [0, 0]], np.uint16)
+    assert overlap.count_overlap_of_bits(bits, 0, 2, epsilon, out)
+    assert out[0] == 1 + (epsilon < 0.25)
 
 
 def test_sums_beyond_the_largest_number_are_declined() -> None:
