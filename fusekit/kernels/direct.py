@@ -314,6 +314,34 @@ def _add_kept(model: Array, base: Array, kept: Array, weight: float, total: Arra
 
 
 @njit(nogil=True, cache=True)
+def weighted_step(
+    x: np.float32, y: np.float32, z: np.float32, weights: tuple[float, float, float]
+) -> float:
+    """The weighted sum of three updates."""
+    a, b, c = weights
+    return (a * np.float64(x) + b * np.float64(y)) + c * np.float64(z)
+
+
+@njit(nogil=True, cache=True)
+def _sum_kept_of_three(bits: Array, start: int, kept: Array, weights: Array, out: Array) -> bool:
+    """A run of `drop_weighted_sum` in registers; whether all results are finite."""
+    stop = start + out.size
+    first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
+    base, one, two, three = bits[3, start:stop], kept[0], kept[1], kept[2]
+    shares = weights[0], weights[1], weights[2]
+    largest, zero = np.uint32(0), np.float32(0)
+    for i in range(out.size):
+        origin = from_bf16(base[i])
+        x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
+        z = from_bf16(third[i]) - origin
+        x, y, z = x if one[i] else zero, y if two[i] else zero, z if three[i] else zero
+        value = np.float32(weighted_step(x, y, z, shares) + np.float64(origin))
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+    return bool(largest < OVERFLOW)
+
+
+@njit(nogil=True, cache=True)
 def drop_weighted_sum(
     bits: Array,
     start: int,
@@ -329,18 +357,23 @@ def drop_weighted_sum(
     as `weighted_sum` does.
     """
     models = bits.shape[0] - 1
-    kept = np.empty(random.RUN, np.uint8)
+    kept = np.empty((models, random.RUN), np.uint8)
     totals = np.empty(random.RUN, np.float64)
     for at in range(0, out.size, random.RUN):
         part = out[at : at + random.RUN]
         a, b = start + at, start + at + part.size
         if not all_finite(bits, a, b):  # what is dropped would not show in the result
             return False
+        for r in range(models):
+            random.survivors(position + at, keys[r], densities[r], kept[r])
+        if models == 3:
+            if not _sum_kept_of_three(bits, a, kept, weights, part):
+                return False
+            continue
         base, total = bits[models, a:b], totals[: part.size]
         total[:] = 0.0
         for r in range(models):
-            random.survivors(position + at, keys[r], densities[r], kept)
-            _add_kept(bits[r, a:b], base, kept, weights[r], total)
+            _add_kept(bits[r, a:b], base, kept[r], weights[r], total)
         if not add_to_base(total, base, part):
             return False
     return True

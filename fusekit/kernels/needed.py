@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct
+from fusekit.kernels.ballot import summed_sign
 from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -190,6 +191,28 @@ def _unify(
 
 
 @njit(nogil=True, cache=True)
+def _unify_three(
+    bits: Array, start: int, signed: bool, keep: Array, column: int, best: Array
+) -> None:
+    """`_unify` in registers; `signed` gives `best` its sign."""
+    stop, end = start + best.size, column + best.size
+    first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
+    base, zero = bits[3, start:stop], np.float32(0)
+    one, two, three = keep[0, column:end], keep[1, column:end], keep[2, column:end]
+    for i in range(best.size):
+        origin = from_bf16(base[i])
+        x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
+        z = from_bf16(third[i]) - origin
+        sign = -summed_sign(-x, -y, -z)  # that of 0 is -1
+        p, q, r = x * sign, y * sign, z * sign
+        one[i], two[i], three[i] = p > zero, q > zero, r > zero
+        largest = p if p > zero else zero
+        largest = q if q > largest else largest
+        largest = r if r > largest else largest
+        best[i] = largest * sign if signed else largest
+
+
+@njit(nogil=True, cache=True)
 def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
     """out = the bfloat16 nearest to base + `masks.unify` of the task vectors; keep as there.
 
@@ -205,9 +228,12 @@ def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
         if not direct.all_finite(bits, at, at + count):
             return False
         sign, best = signs[:count], bests[:count]
-        _unify(bits, at, totals[:count], sign, best, keep, begin)
-        for i in range(count):
-            best[i] *= sign[i]
+        if models == 3:
+            _unify_three(bits, at, True, keep, begin, best)
+        else:
+            _unify(bits, at, totals[:count], sign, best, keep, begin)
+            for i in range(count):
+                best[i] *= sign[i]
         if not direct.add_to_base(best, bits[models, at : at + count], part):
             return False
     return True
@@ -216,35 +242,42 @@ def unified(bits: Array, start: int, keep: Array, out: Array) -> bool:
 @njit(nogil=True, cache=True)
 def _add_sizes(model: Array, base: Array, best: Array, kept: Array, lanes: Array) -> None:
     """lanes += a task vector's magnitudes, and those of the unified vector where it agrees."""
-    sizes, agreeing = lanes[0], lanes[1]
+    sizes, agreeing, zero = lanes[0], lanes[1], np.float32(0)
     for i in range(best.size):
-        sizes[i] += abs(np.float64(from_bf16(model[i]) - from_bf16(base[i])))
-        agreeing[i] += np.float64(best[i] * np.float32(kept[i]))
+        sizes[i] += abs(from_bf16(model[i]) - from_bf16(base[i]))
+        agreeing[i] += best[i] if kept[i] else zero
 
 
 @njit(nogil=True, cache=True)
 def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
     """Per task sum |d_i|, then sum |u| where d_i agrees with the unified u: (granules, 2 models).
 
-    Returns False where an entry is not finite.
+    A lane sums 8 magnitudes in float32 before float64 takes over. Returns False where an entry is
+    not finite.
     """
     models = out.shape[1] // 2
     totals = np.empty(_CHUNK, np.float64)
     signs, bests = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
     keep = np.empty((models, _CHUNK), np.uint8)
-    lanes = np.empty((models, 2, _CHUNK), np.float64)
+    lanes, wide = np.empty((models, 2, _CHUNK), np.float32), np.empty(_CHUNK, np.float64)
     for granule in range(out.shape[0]):
-        lanes[:] = 0.0
+        lanes[:] = np.float32(0)
         end = min((granule + 1) * _GRANULE, size)
         for begin in range(granule * _GRANULE, end, _CHUNK):
             a, b = start + begin, start + min(begin + _CHUNK, end)
             if not direct.all_finite(bits, a, b):
                 return False
             best = bests[: b - a]
-            _unify(bits, a, totals[: b - a], signs[: b - a], best, keep, 0)
+            if models == 3:
+                _unify_three(bits, a, False, keep, 0, best)
+            else:
+                _unify(bits, a, totals[: b - a], signs[: b - a], best, keep, 0)
             for r in range(models):
                 _add_sizes(bits[r, a:b], bits[models, a:b], best, keep[r], lanes[r])
         for r in range(models):
-            out[granule, r] = direct.folded(lanes[r, 0])
-            out[granule, models + r] = direct.folded(lanes[r, 1])
+            for which in range(2):
+                lane = lanes[r, which]
+                for i in range(_CHUNK):
+                    wide[i] = np.float64(lane[i])
+                out[granule, which * models + r] = direct.folded(wide)
     return True

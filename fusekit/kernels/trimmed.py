@@ -94,6 +94,35 @@ def _add_kept(
 
 
 @njit(nogil=True, cache=True)
+def _within(update: np.float32, least: np.uint32, width: np.uint32) -> np.float32:
+    """The update where its magnitude's bits lie in [least, least + width], else 0."""
+    key = np.uint32(as_bits(update) & MAGNITUDE)
+    return update if np.uint32(key - least) <= width else np.float32(0)
+
+
+@njit(nogil=True, cache=True)
+def _sum_three(
+    bits: Array, start: int, least: Array, most: Array, weights: Array, out: Array
+) -> bool:
+    """A run of `weighted_sum` in registers; whether all results are finite."""
+    stop = start + out.size
+    first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
+    base, largest = bits[3, start:stop], np.uint32(0)
+    j, k, m = least[0], least[1], least[2]
+    e, f, g = np.uint32(most[0] - j), np.uint32(most[1] - k), np.uint32(most[2] - m)
+    shares = weights[0], weights[1], weights[2]
+    for i in range(out.size):
+        origin = from_bf16(base[i])
+        x = _within(from_bf16(first[i]) - origin, j, e)
+        y = _within(from_bf16(second[i]) - origin, k, f)
+        z = _within(from_bf16(third[i]) - origin, m, g)
+        value = np.float32(direct.weighted_step(x, y, z, shares) + np.float64(origin))
+        out[i] = to_bf16(value)
+        largest = max(largest, np.uint32(as_bits(value) & MAGNITUDE))
+    return bool(largest < direct.OVERFLOW)
+
+
+@njit(nogil=True, cache=True)
 def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Array) -> int:
     """out = the bfloat16 nearest to base + sum_i weights[i] * cut task vector i.
 
@@ -120,22 +149,19 @@ def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Arr
             return begin
         if not _find_ranges(bits, at, stop, steps, least, most, used):
             return begin
-        base, total = bits[models, at:stop], totals[: part.size]
-        total[:] = 0.0
-        for r in range(models):
-            _add_kept(bits[r, at:stop], base, least[r], most[r], weights[r], total)
-        if not direct.add_to_base(total, base, part):
-            return begin
+        if models == 3:
+            if not _sum_three(bits, at, least, most, weights, part):
+                return begin
+        else:
+            base, total = bits[models, at:stop], totals[: part.size]
+            total[:] = 0.0
+            for r in range(models):
+                _add_kept(bits[r, at:stop], base, least[r], most[r], weights[r], total)
+            if not direct.add_to_base(total, base, part):
+                return begin
         for k in range(left.size):
             left[k] -= used[k]
     return int(out.size)
-
-
-@njit(nogil=True, cache=True)
-def _within(update: np.float32, least: np.uint32, width: np.uint32) -> np.float32:
-    """The update where its magnitude's bits lie in [least, least + width], else 0."""
-    key = np.uint32(as_bits(update) & MAGNITUDE)
-    return update if np.uint32(key - least) <= width else np.float32(0)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -204,6 +204,10 @@ class OnPruned(Request):
     def _programs(self) -> list[Program | None]:
         return []
 
+    @cached_property
+    def _drops(self) -> list[Drops | None]:
+        return []
+
     def program(self, block: Block) -> Program | None:
         """The prunings as a program, where they and the block's operands allow one."""
         if block.packed is None:
@@ -211,6 +215,12 @@ class OnPruned(Request):
         if not self._programs:
             self._programs.append(_compiled(block.tensor, self.prunings))
         return self._programs[0]
+
+    def drops(self, block: Block) -> Drops | None:
+        """The prunings as random drops, where they are nothing else."""
+        if not self._drops:
+            self._drops.append(_random_drops(block.tensor, self.prunings))
+        return self._drops[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -491,7 +501,7 @@ class Drops:
         return bool((self.factors != 1.0).any())
 
 
-def random_drops(tensor: Tensor, prunings: Prunings) -> Drops | None:
+def _random_drops(tensor: Tensor, prunings: Prunings) -> Drops | None:
     """The prunings where each model is dropped from and then scaled once at most."""
     import numpy as np
 
@@ -524,7 +534,7 @@ def selected(prunings: Prunings, start: int) -> tuple[Cut, Array] | None:
 
 
 def _add_up_in_registers(
-    block: Block, prunings: Prunings, what: int, unpruned: bool, out: Array
+    block: Block, request: OnPruned, what: int, unpruned: bool, out: Array
 ) -> bool:
     """`add_up_pruned` where there is a kernel for bfloat16 models; False where there is none."""
     import numpy as np
@@ -534,14 +544,14 @@ def _add_up_in_registers(
         return False
     bits = packed.bits, packed.start, block.size
     if what == kernels.norms.MAGNITUDES and unpruned:
-        drops = random_drops(block.tensor, prunings)
+        drops = request.drops(block)
         if drops is None or drops.scales:
             return False
         kernels.direct.drop_sums(*bits, block.start, drops.keys, drops.densities, out)
         return bool(np.isfinite(out).all())
     if what != kernels.norms.SQUARES or unpruned:
         return False
-    selection = selected(prunings, block.start)
+    selection = selected(request.prunings, block.start)
     if selection is None:
         return False
     cut, left = selection
@@ -563,7 +573,7 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
         if unpruned:
             out[:, : block.tensor.models] = out[:, -block.tensor.models :]
         return
-    if _add_up_in_registers(block, request.prunings, what, unpruned, out):
+    if _add_up_in_registers(block, request, what, unpruned, out):
         return
     program, packed = request.program(block), block.packed
     if program is not None and packed is not None and grain == GRANULE:

@@ -38,7 +38,6 @@ from fusekit.methods.pruning import (
     inverse_density,
     match_l1,
     prune,
-    random_drops,
     selected,
     trim_exact,
     trim_threshold,
@@ -69,7 +68,7 @@ class PrunedSum(OnPruned, Combine):
         if packed is None:
             return False
         weights = np.array(self.weights, dtype=np.float64)
-        drops = random_drops(block.tensor, self.prunings)
+        drops = self.drops(block)
         if drops is not None and not drops.scales:
             place = packed.bits, packed.start, block.start, drops.keys, drops.densities
             return bool(kernels.direct.drop_weighted_sum(*place, weights, out))
@@ -126,7 +125,7 @@ class ElectedMerge(OnPruned, Combine):
         ballots, weights = np.array(self.ballots), np.array(self.weights)
         divide = self.merge == _MERGES["mean"]
         rule = kernels.ballot.election(ballots, weights, divide, self.scale)
-        drops = random_drops(block.tensor, self.prunings)
+        drops = self.drops(block)
         if drops is not None and self.prunings:
             place = packed.bits, packed.start, block.start
             chances = drops.keys, drops.densities, drops.factors

@@ -43,10 +43,14 @@ def test_what_is_not_finite_is_declined(bad: float) -> None:
     assert not needed.agreement(bits, 0, 3000, np.empty((1, 6)))
 
 
+@pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_the_unified_vector_is_that_of_decoded_rows(count: int, size: int) -> None:
+def test_the_unified_vector_is_that_of_decoded_rows(count: int, size: int, cancel: bool) -> None:
     values, bits = operands(count + 1, size, seed=22)
+    if cancel:  # few different values: many sums are 0
+        values = np.round(values)
+        bits[:, 3:] = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     rows, base = values[:count] - values[count], values[count]
     padded = -(-size // 8) * 8
     update, merged = np.empty(size, np.float32), np.empty(size, np.float32)
@@ -62,4 +66,4 @@ def test_the_unified_vector_is_that_of_decoded_rows(count: int, size: int) -> No
     assert needed.agreement(bits, 3, size, found)
     norms.sums(rows, norms.MAGNITUDES, 8192, sizes)
     masks.kept_sums(update, expected, 8192, kept)
-    np.testing.assert_allclose(found, np.hstack([sizes, kept]), rtol=1e-12)
+    np.testing.assert_allclose(found, np.hstack([sizes, kept]), rtol=1e-7)
