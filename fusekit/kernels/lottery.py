@@ -26,27 +26,35 @@ LANES = lanes.LANES
 
 
 def _kept_sums(typingctx: Any, sizes: Any, kept: Any) -> Any:
-    """Sums in float64 of all sizes and of those whose bit is set, 64 to an integer."""
+    """Sums of all sizes and of those whose bit is set, 64 to an integer.
+
+    Four lanes' sizes are added in their own type before float64 takes over.
+    """
     if sizes.layout != "C" or kept.layout != "C" or kept.dtype != types.uint64:
         raise TypingError(f"found {sizes} and {kept}, expected contiguous sizes and uint64")
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        values, masks = (
-            context.make_array(kind)(context, builder, array)
-            for kind, array in zip(signature.args, arguments, strict=True)
-        )
+        masks = context.make_array(kept)(context, builder, arguments[1])
         half, mask = ir.IntType(16), ir.VectorType(ir.IntType(1), vectors.LANES)
         places = builder.bitcast(masks.data, half.as_pointer())
-        zero = ir.Constant(vectors.DOUBLES, [0.0] * vectors.LANES)
-        whole, left = (vectors.variable(builder, zero) for _ in range(2))
-        count = builder.mul(masks.nitems, masks.nitems.type(LANES // vectors.LANES))
-        with vectors.each_run(builder, count) as loop:
-            at = builder.mul(loop.index, loop.index.type(vectors.LANES))
-            size = vectors.loaded_wide(builder, values.data, at)
-            chosen = builder.bitcast(builder.load(builder.gep(places, [loop.index])), mask)
-            builder.store(builder.fadd(builder.load(whole), size), whole)
-            taken = builder.select(chosen, size, zero)
-            builder.store(builder.fadd(builder.load(left), taken), left)
+        start = ir.Constant(vectors.DOUBLES, [0.0] * vectors.LANES)
+        whole, left = (vectors.variable(builder, start) for _ in range(2))
+        with vectors.each_run(builder, masks.nitems) as loop:
+            every, chosen = [], []
+            for part in range(LANES // vectors.LANES):
+                run = builder.add(
+                    builder.mul(loop.index, loop.index.type(LANES // vectors.LANES)),
+                    loop.index.type(part),
+                )
+                at = builder.mul(run, run.type(vectors.LANES))
+                size = vectors.loaded_raw(context, builder, sizes, arguments[0], at)
+                flags = builder.bitcast(builder.load(builder.gep(places, [run])), mask)
+                zero = ir.Constant(size.type, [0.0] * vectors.LANES)
+                every.append(size)
+                chosen.append(builder.select(flags, size, zero))
+            for sum_so_far, parts in ((whole, every), (left, chosen)):
+                added = vectors.widened(builder, vectors.sum_in_pairs(builder, parts))
+                builder.store(builder.fadd(builder.load(sum_so_far), added), sum_so_far)
         results = [vectors.total(builder, builder.load(place)) for place in (whole, left)]
         return context.make_tuple(builder, signature.return_type, results)
 
@@ -106,6 +114,9 @@ def _write_bits(words: Array, length: int, position: int, packed: Array) -> None
     of `words`; they are unset before."""
     shift = position & 7
     at = position >> 3
+    if shift == 0 and length == lanes.LANES * words.size:
+        packed[at : at + 8 * words.size] = words.view(np.uint8)
+        return
     for word in range(words.size):
         left = min(length - lanes.LANES * word, lanes.LANES)
         value = np.uint64(words[word] & _lowest(left))

@@ -77,12 +77,17 @@ def loaded(context: Any, builder: Any, kind: Any, array: Any, start: Any) -> Any
     return from_bf16(builder, values) if kind.dtype == types.uint16 else values
 
 
-def loaded_wide(builder: Any, data: Any, start: Any) -> Any:
-    """The doubles from an element of a pointer to float32 or float64 on."""
-    element = data.type.pointee
-    place = builder.bitcast(builder.gep(data, [start]), ir.VectorType(element, LANES).as_pointer())
-    values = builder.load(place, align=8 if element == ir.DoubleType() else 4)
-    return values if element == ir.DoubleType() else builder.fpext(values, DOUBLES)
+def widened(builder: Any, values: Any) -> Any:
+    """Floats or doubles as doubles."""
+    return values if values.type == DOUBLES else builder.fpext(values, DOUBLES)
+
+
+def sum_in_pairs(builder: Any, parts: Sequence[Any]) -> Any:
+    """The sum of a power of two of vectors."""
+    while len(parts) > 1:
+        pairs = zip(parts[::2], parts[1::2], strict=True)
+        parts = [builder.fadd(left, right) for left, right in pairs]
+    return parts[0]
 
 
 def multiply_add(builder: Any, x: Any, y: Any, z: Any) -> Any:
@@ -131,5 +136,4 @@ def magnitude_bits(builder: Any, vector: Any) -> Any:
 
 def total(builder: Any, vector: Any) -> Any:
     """The sum of all lanes, in float64."""
-    wide = vector if vector.type == DOUBLES else builder.fpext(vector, DOUBLES)
-    return folded(builder, wide, lambda builder, x, y: builder.fadd(x, y))
+    return folded(builder, widened(builder, vector), lambda builder, x, y: builder.fadd(x, y))

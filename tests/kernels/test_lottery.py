@@ -94,7 +94,7 @@ def test_flags_and_sums_do_not_depend_on_where_a_run_begins(
     delta = np.random.default_rng(0).standard_normal(6 * shape[0] * shape[1]).astype(np.float32)
     kept, totals = draw(delta, NO_BASE, 5, shape, (0.3, 0.7), start)
     sums = np.abs(delta.astype(np.float64))
-    np.testing.assert_allclose(totals, [sums.sum(), sums[kept].sum()], rtol=1e-12)
+    np.testing.assert_allclose(totals, [sums.sum(), sums[kept].sum()], rtol=1e-7)
     half = 3 * shape[0] * shape[1]
     again, _ = draw(delta[half:], NO_BASE, 5, shape, (0.3, 0.7), start + half)
     np.testing.assert_array_equal(again, kept[half:])
@@ -120,7 +120,7 @@ def test_sums_of_given_survivors() -> None:
         part = delta[start:stop]
         lottery.add_sizes(part, NO_BASE, start, 150, padded(delta[:150]), packed, totals)
     sums = np.abs(delta.astype(np.float64))
-    np.testing.assert_allclose(totals, [sums.sum(), sums[mask].sum()], rtol=1e-12)
+    np.testing.assert_allclose(totals, [sums.sum(), sums[mask].sum()], rtol=1e-7)
 
 
 @pytest.mark.parametrize("size", [1, 64, 1000, 1024, 3001])
