@@ -51,13 +51,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "nearswap": {"parameters": {"t": 0.001}},
     "ram": {},
     "ramplus": {},
+    "ramplus_tl": {},
     "dare_linear": {"parameters": {"weight": 1.0, "density": 0.5}},
     "dare_linear@inverse": {"parameters": {"density": 0.5, "rescale": "inverse"}},
     "dare_ties": {"parameters": {"weight": 1.0, "density": 0.5}},
     "ties": {"parameters": {"weight": 1.0, "density": 0.2}},
     "ties@model": {"parameters": {"density": 0.2}, "granularity": "model"},
     "breadcrumbs": {"parameters": {"density": 0.2, "weight": 1.0}},
+    "breadcrumbs_ties": {"parameters": {"density": 0.2, "weight": 1.0}},
     "della": {"parameters": {"density": 0.5, "weight": 1.0}},
+    "della_linear": {"parameters": {"density": 0.5, "weight": 1.0}},
     "sce": {"parameters": {"select_topk": 0.1}},
     "arcee_fusion": {},
     "widen": {},
@@ -67,6 +70,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tall_masks": {},
     "emr": {},
     "localize_and_stitch": {"parameters": {"density": 0.1}},
+    "task_vectors": {
+        "parameters": {"prune": "two_sided", "density": 0.2, "weighting": "energy"},
+    },
     "passthrough": {},
 }
 """Recipe settings per benchmark; `method@label` runs a method under other settings."""

@@ -165,6 +165,14 @@ def folded(lane: Array) -> float:
 
 
 @njit(nogil=True, cache=True)
+def folded_narrow(lane: Array, wide: Array) -> float:
+    """The sum of float32 lanes in float64; `wide` is working memory of their number."""
+    for i in range(lane.size):
+        wide[i] = np.float64(lane[i])
+    return float(folded(wide))
+
+
+@njit(nogil=True, cache=True)
 def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array) -> None:
     """Inner products of two models, or of their task vectors, per granule: (granules, 3).
 
@@ -254,7 +262,7 @@ def drop_sums(
     models = bits.shape[0] - 1
     kept = np.empty(random.RUN, np.uint8)
     sizes = np.empty((2, _LANES), np.float32)
-    lanes = np.empty((2, _LANES), np.float64)
+    wide = np.empty(_LANES, np.float64)
     whole, left = sizes[0], sizes[1]
     for granule in range(out.shape[0]):
         begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
@@ -267,9 +275,7 @@ def drop_sums(
                     flags = kept[at : at + _LANES]
                     _add_sizes(bits[r, a:b], bits[models, a:b], flags, whole, left)
             for which in range(2):
-                for i in range(_LANES):
-                    lanes[which, i] = np.float64(sizes[which, i])
-                out[granule, which * models + r] = folded(lanes[which])
+                out[granule, which * models + r] = folded_narrow(sizes[which], wide)
 
 
 @njit(nogil=True, cache=True)

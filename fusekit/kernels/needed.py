@@ -276,8 +276,5 @@ def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
                 _add_sizes(bits[r, a:b], bits[models, a:b], best, keep[r], lanes[r])
         for r in range(models):
             for which in range(2):
-                lane = lanes[r, which]
-                for i in range(_CHUNK):
-                    wide[i] = np.float64(lane[i])
-                out[granule, which * models + r] = direct.folded(wide)
+                out[granule, which * models + r] = direct.folded_narrow(lanes[r, which], wide)
     return True

@@ -258,10 +258,7 @@ def squares(bits: Array, start: int, size: int, threshold: float, left: Array, o
                     update = update if kept[i] else zero
                     lane[i] += update * update
         for r in range(models):
-            lane = sums[r]
-            for i in range(_CHUNK):
-                wide[i] = np.float64(lane[i])
-            out[granule, r] = direct.folded(wide)
+            out[granule, r] = direct.folded_narrow(sums[r], wide)
             if not np.isfinite(out[granule, r]):
                 return False
     return True

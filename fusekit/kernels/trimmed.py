@@ -25,6 +25,10 @@ CHUNK = direct.CHUNK
 STEPS = ("KEEP_ABOVE", "KEEP_AT_LEAST", "DROP_AT_LEAST", "KEEP_FIRST", "DROP_FIRST")
 """The kinds that are cuts."""
 
+_GRANULE = 8192
+_SQUARABLE = int(np.float32(1e-15).view(np.uint32))
+"""Magnitudes from these bits on have squares that float32 holds without loss."""
+
 _ONE = np.uint32(1)
 
 
@@ -162,6 +166,49 @@ def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Arr
         for k in range(left.size):
             left[k] -= used[k]
     return int(out.size)
+
+
+@njit(nogil=True, cache=True)
+def _add_squares(model: Array, base: Array, least: np.uint32, most: np.uint32, lane: Array) -> None:
+    """lane += the squared entries of a task vector whose magnitudes lie in a range."""
+    width = np.uint32(most - least)
+    for i in range(model.size):
+        update = _within(from_bf16(model[i]) - from_bf16(base[i]), least, width)
+        lane[i] += update * update
+
+
+@njit(nogil=True, cache=True)
+def squares(bits: Array, start: int, size: int, steps: Steps, out: Array) -> bool:
+    """Squared norms of cut task vectors: (granules, models).
+
+    A lane sums 8 squares in float32 before float64 takes over. Returns False where a run is left to
+    the tiles, or where squares leave the range of float32: `out` is then not to be used.
+    """
+    models = bits.shape[0] - 1
+    least, most = np.empty(models, np.uint32), np.empty(models, np.uint32)
+    left = steps.left
+    used = np.empty(left.size, np.int64)
+    sums, wide = np.empty((models, CHUNK), np.float32), np.empty(CHUNK, np.float64)
+    for granule in range(out.shape[0]):
+        sums[:] = np.float32(0)
+        end = min((granule + 1) * _GRANULE, size)
+        for begin in range(granule * _GRANULE, end, CHUNK):
+            a, b = start + begin, start + min(begin + CHUNK, end)
+            if not direct.all_finite(bits, a, b):  # what is cut would not show
+                return False
+            if not _find_ranges(bits, a, b, steps, least, most, used):
+                return False
+            if least.min() < _SQUARABLE:
+                return False
+            for r in range(models):
+                _add_squares(bits[r, a:b], bits[models, a:b], least[r], most[r], sums[r])
+            for k in range(left.size):
+                left[k] -= used[k]
+        for r in range(models):
+            out[granule, r] = direct.folded_narrow(sums[r], wide)
+            if not np.isfinite(out[granule, r]):
+                return False
+    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -552,12 +552,19 @@ def _add_up_in_registers(
     if what != kernels.norms.SQUARES or unpruned:
         return False
     selection = selected(request.prunings, block.start)
-    if selection is None:
+    if selection is not None:
+        cut, left = selection
+        if not kernels.selected.squares(*bits, cut.threshold, left, out):
+            return False
+        cut.leave(int(left[0]))
+        return True
+    program = request.program(block)
+    if program is None or not program.only_cuts:
         return False
-    cut, left = selection
-    if not kernels.selected.squares(*bits, cut.threshold, left, out):
+    steps = program.steps(block)
+    if not kernels.trimmed.squares(*bits, steps, out):
         return False
-    cut.leave(int(left[0]))
+    program.leave(steps.left)
     return True
 
 

@@ -125,14 +125,17 @@ def test_sums_of_given_survivors() -> None:
 
 @pytest.mark.parametrize("size", [1, 64, 1000, 1024, 3001])
 @pytest.mark.parametrize("divide", [True, False])
-def test_survivors_are_elected_from_as_by_definition(size: int, divide: bool) -> None:
+@pytest.mark.parametrize("given_ballots", [(1.0, 2.0, -0.5), (1.0, 1.0, 1.0)])
+def test_survivors_are_elected_from_as_by_definition(
+    size: int, divide: bool, given_ballots: tuple[float, ...]
+) -> None:
     rng = np.random.default_rng(size)
     values = rng.standard_normal((4, size + 5)).astype(ml_dtypes.bfloat16)
     position = 16
     flags = rng.random((3, position + size)) < 0.5
     packed = np.packbits(flags, axis=1, bitorder="little")
     factors = np.array([1.5, 1.0, 0.25], np.float32)
-    ballots, weights = np.array([1.0, 2.0, -0.5]), np.array([1.0, 2.0, 0.5])
+    ballots, weights = np.array(given_ballots), np.array([1.0, 2.0, 0.5])
     out = np.empty(size, np.uint16)
     rule = ballot.election(ballots, weights, divide, 0.7)
     given = values.view(np.uint16), 5, position, packed, factors, rule, out

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fusekit.kernels import ballot, elect, linear, order, tiles, trimmed
+from fusekit.kernels import ballot, elect, linear, norms, order, tiles, trimmed
 from fusekit.kernels.packed import Steps
 from tests.kernels.test_direct import SIZES, operands
 
@@ -68,19 +68,52 @@ def test_cut_task_vectors_are_summed(size: int, ties: int) -> None:
     np.testing.assert_array_equal(steps.left, remaining)
 
 
+@pytest.mark.parametrize("ties", [0, 10**9])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_squares_of_what_is_cut(count: int, size: int, ties: int) -> None:
+    values, bits = operands(count + 1, size, seed=5)
+    cuts = [(tiles.KEEP_FIRST, model, 0.25 * model + 0.25) for model in range(count)]
+    cuts.append((tiles.DROP_AT_LEAST, 0, 2.5))
+    steps = program(cuts, [ties] * (count + 1))
+    remaining = steps.left.copy()
+    rows = cut_rows(values[:count] - values[count], cuts, remaining)
+    out, expected = (np.empty((-(-size // 8192), count)) for _ in range(2))
+    assert trimmed.squares(bits, 3, size, steps, out)
+    norms.sums(rows, norms.SQUARES, 8192, expected)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    np.testing.assert_array_equal(steps.left, remaining)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_squares_beyond_float32_are_declined(scale: float) -> None:
+    values, _ = operands(4, 3000, offset=0)
+    bits, out = rounded(values * scale), np.empty((1, 3))
+    cuts = [(tiles.KEEP_AT_LEAST, model, scale) for model in range(3)]
+    assert not trimmed.squares(bits, 0, 3000, program(cuts, [0] * 3), out)
+
+
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_election_of_three(size: int, divide: bool) -> None:
+@pytest.mark.parametrize("ballots", [(1.0, 0.7, 0.4), (1.0, 1.0, 1.0)])
+@pytest.mark.parametrize("cancel", [False, True])
+def test_election_of_three(
+    size: int, divide: bool, ballots: tuple[float, ...], cancel: bool
+) -> None:
     values, bits = operands(4, size, seed=8)
+    if cancel:  # few different values: many votes add up to 0
+        values = np.round(values)
+        bits[:, 3:] = rounded(values)
     steps = program(CUTS, [0, 0, 0, 10**9, 10**9])
     rows = cut_rows(values[:3] - values[3], CUTS, steps.left.copy())
-    ballots, weights = np.array([1.0, 0.7, 0.4]), np.array([0.5, 1.0, 2.0])
+    weights = np.array([0.5, 1.0, 2.0])
     out, expected = np.empty(size, np.uint16), np.empty(size, np.float32)
-    rule = ballot.election(ballots, weights, divide, 0.7)
+    rule = ballot.election(np.array(ballots), weights, divide, 0.7)
     assert trimmed.elect_of_three(bits, 3, steps, rule, out) == size
     merge = elect.MEAN if divide else elect.SUM
     work = np.empty((3, elect.CHUNK), np.float32)
-    elect.elect_and_merge(rows, ballots, weights, 0, 1, merge, values[3], 0.7, work, expected)
+    voting = np.array(ballots), weights, 0, 1, merge
+    elect.elect_and_merge(rows, *voting, values[3], 0.7, work, expected)
     np.testing.assert_array_equal(out, rounded(expected))
 
 
@@ -98,6 +131,8 @@ def test_runs_stop_where_ties_are_split(kind: int) -> None:
     steps = program(cuts, [1500, 5000, 5000])
     assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == 1024
     np.testing.assert_array_equal(steps.left, [476, 3976, 3976])
+    steps = program(cuts, [1500, 5000, 5000])
+    assert not trimmed.squares(bits, 0, size, steps, np.empty((1, 3)))
     steps = program(cuts, [1024, 5000, 0])
     assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == size
     found = out.view(ml_dtypes.bfloat16).astype(np.float32)
@@ -121,6 +156,7 @@ def test_what_is_not_finite_is_left_to_the_tiles(bad: float) -> None:
     values[1, 2900] = bad
     bits[1] = rounded(values[1])
     steps = program([], [])
+    assert not trimmed.squares(bits, 0, 3000, steps, np.empty((1, 3)))
     weights, out = np.full(3, 2.0), np.empty(3000, np.uint16)
     assert trimmed.weighted_sum(bits, 0, steps, weights, out) == 2048
     rule = ballot.election(np.ones(3), weights, False, 1.0)
