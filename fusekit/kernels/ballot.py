@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from fusekit.kernels.elect import vote_of_three
 from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -44,11 +45,7 @@ def election(ballots: Array, weights: Array, divide: bool, scale: float) -> Elec
 @njit(nogil=True, cache=True)
 def summed_sign(x: np.float32, y: np.float32, z: np.float32) -> np.float32:
     """-1 where x + y + z < 0, else 1: exact, in float32."""
-    both = x + y
-    from_y = both - x
-    # What was rounded off decides only where z cancels the sum.
-    rest = (x - (both - from_y)) + (y - from_y)
-    return np.float32(-1) if (both + z) + rest < np.float32(0) else np.float32(1)
+    return np.float32(-1) if vote_of_three(x, y, z) < np.float32(0) else np.float32(1)
 
 
 @njit(nogil=True, cache=True)

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from fusekit.kernels import elect
+
 Array = np.ndarray[Any, np.dtype[Any]]
 
 _CHUNK = 1024
@@ -27,17 +29,13 @@ def unify(deltas: Array, update: Array, keep: Array) -> None:
     n, size = deltas.shape
     keep[:, size:] = 0
     signs = np.empty(_CHUNK, deltas.dtype)
-    totals = np.empty(_CHUNK, np.float64)
+    totals, ballots = np.empty(_CHUNK, np.float64), np.ones(n)
     one = deltas.dtype.type(1)
     for start in range(0, size, _CHUNK):
         stop = min(start + _CHUNK, size)
         sign, total = signs[: stop - start], totals[: stop - start]
         best = update[start:stop]
-        total[:] = 0.0
-        for r in range(n):
-            row = deltas[r, start:stop]
-            for i in range(total.size):
-                total[i] += np.float64(row[i])
+        elect.votes(deltas, start, ballots, elect.MASS, total)
         for i in range(total.size):
             sign[i] = one if total[i] > 0.0 else -one
         best[:] = 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import permutations, product
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from fusekit.kernels import elect
+from fusekit.kernels import ballot, elect
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -59,6 +63,34 @@ def test_votes(n: int, election: int) -> None:
     total = np.full(3000, np.nan)
     elect.votes(deltas, 0, ballots, election, total)
     np.testing.assert_array_equal(total, reference_votes(deltas, ballots, election))
+
+
+_exponents = st.integers(-130, 120)
+
+
+@given(
+    parts=st.lists(st.tuples(st.integers(-255, 255), _exponents), min_size=2, max_size=2),
+    rest=st.tuples(st.integers(-3, 3), _exponents),
+    order=st.permutations(range(3)),
+)
+def test_equal_votes_of_three_models_are_added_without_rounding(
+    parts: list[tuple[int, int]], rest: tuple[int, int], order: list[int]
+) -> None:
+    x, y = (np.float32(np.ldexp(*part)) for part in parts)
+    z = np.float32(-(x + y)) + np.float32(np.ldexp(*rest))  # close to cancelling
+    updates = np.array([x, y, z], np.float32)[order]
+    exact = sum(map(Fraction, updates.tolist()))
+    total = np.empty(1)
+    elect.votes(updates[:, np.newaxis], 0, np.ones(3), elect.MASS, total)
+    assert np.sign(total[0]) == (exact > 0) - (exact < 0)
+    assert ballot.summed_sign(*updates) == (-1 if exact < 0 else 1)
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_votes_that_overflow_keep_their_sign(order: tuple[int, ...]) -> None:
+    for signs in product([-1, 1], repeat=2):
+        updates = np.array([3e38 * signs[0], 2.5e38 * signs[0], 1e38 * signs[1]], np.float32)
+        assert ballot.summed_sign(*updates[list(order)]) == signs[0]
 
 
 @pytest.mark.parametrize("election", ELECTIONS)
