@@ -65,9 +65,23 @@ _kept_sums_of: Any = intrinsic(_kept_sums)
 
 
 @njit(nogil=True, cache=True)
+def _wide_sums(sizes: Array, kept: Array) -> tuple[float, float]:
+    """What `_kept_sums` takes, in float64."""
+    whole, left = 0.0, 0.0
+    for i in range(sizes.size):
+        size = np.float64(sizes[i])
+        whole += size
+        if kept[i // LANES] >> np.uint64(i % LANES) & np.uint64(1):
+            left += size
+    return whole, left
+
+
+@njit(nogil=True, cache=True)
 def _add_sizes(sizes: Array, kept: Array, totals: Array) -> None:
     """Add the sum of all sizes and that of the survivors."""
     whole, left = _kept_sums_of(sizes, kept)
+    if not np.isfinite(whole):  # four sizes can be more than their type holds
+        whole, left = _wide_sums(sizes, kept)
     totals[0] += whole
     totals[1] += left
 

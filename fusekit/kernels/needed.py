@@ -252,21 +252,22 @@ def _add_sizes(model: Array, base: Array, best: Array, kept: Array, lanes: Array
 def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
     """Per task sum |d_i|, then sum |u| where d_i agrees with the unified u: (granules, 2 models).
 
-    A lane sums 8 magnitudes in float32 before float64 takes over. Returns False where an entry is
-    not finite.
+    A lane sums 8 magnitudes in float32 before float64 takes over. Returns whether all sums are
+    known: those of a granule are not finite where an entry or a sum of float32 is not.
     """
     models = out.shape[1] // 2
     totals = np.empty(_CHUNK, np.float64)
     signs, bests = np.empty(_CHUNK, np.float32), np.empty(_CHUNK, np.float32)
     keep = np.empty((models, _CHUNK), np.uint8)
     lanes, wide = np.empty((models, 2, _CHUNK), np.float32), np.empty(_CHUNK, np.float64)
+    all_known = True
     for granule in range(out.shape[0]):
         lanes[:] = np.float32(0)
+        known = True
         end = min((granule + 1) * _GRANULE, size)
         for begin in range(granule * _GRANULE, end, _CHUNK):
             a, b = start + begin, start + min(begin + _CHUNK, end)
-            if not direct.all_finite(bits, a, b):
-                return False
+            known &= direct.all_finite(bits, a, b)
             best = bests[: b - a]
             if models == 3:
                 _unify_three(bits, a, False, keep, 0, best)
@@ -276,5 +277,7 @@ def agreement(bits: Array, start: int, size: int, out: Array) -> bool:
                 _add_sizes(bits[r, a:b], bits[models, a:b], best, keep[r], lanes[r])
         for r in range(models):
             for which in range(2):
-                out[granule, which * models + r] = direct.folded_narrow(lanes[r, which], wide)
-    return True
+                total = direct.folded_narrow(lanes[r, which], wide) if known else np.nan
+                out[granule, which * models + r] = total
+                all_known &= np.isfinite(total)
+    return all_known

@@ -191,14 +191,13 @@ def count_brackets(
 def _choose(
     bits: Array, start: int, threshold: np.float32, left: Array, memory: _Memory, kept: Array
 ) -> bool:
-    """kept[i] is not 0 where position start + i is kept, if all entries are finite.
+    """kept[i] is not 0 where position start + i is kept; whether all entries are finite.
 
-    `left` has how many more variances equal to the threshold are kept (negative: all).
+    `left` has how many more variances equal to the threshold are kept (negative: all). Positions
+    with an entry that is not finite have no variance and are not kept.
     """
-    values = memory.values[: kept.size]
-    if kept.size == _CHUNK:
-        if not _estimate(bits, start, memory):
-            return False
+    values, stop = memory.values[: kept.size], start + kept.size
+    if kept.size == _CHUNK and _estimate(bits, start, memory):
         key = as_bits(threshold)
         _, unsure = _compare(key, key, bits.shape[0] - 1, memory)
         if unsure <= _FEW:
@@ -210,8 +209,8 @@ def _choose(
                 memory.sure[i // lanes.LANES] |= np.uint64(chosen) << np.uint64(i % lanes.LANES)
             ranks.unpack(memory.sure.view(np.uint8), kept)
             return True
-    if not _vary(bits, start, memory, values):
-        return False
+    total, square = memory.wide[0, : values.size], memory.wide[1, : values.size]
+    direct.variance_of_run(bits, start, total, square, values)
     if left[0] < 0:
         order.keep_at_least(values, threshold)
     else:
@@ -219,7 +218,7 @@ def _choose(
     zero = np.float32(0)
     for i in range(kept.size):
         kept[i] = np.uint8(values[i] != zero)
-    return True
+    return bool(direct.all_finite(bits, start, stop))
 
 
 @njit(nogil=True, cache=True)
@@ -234,22 +233,25 @@ def squares(bits: Array, start: int, size: int, threshold: float, left: Array, o
         threshold: the least variance that is kept.
         left: (1,) how many variances equal to it are kept, counted down; negative: all.
 
-    Returns False where an entry is not finite or squares leave the range of float32.
+    Returns whether all are known: sums are NaN where an entry of the granule is not finite or
+    squares leave the range of float32.
     """
     models = bits.shape[0] - 1
     if threshold < _SMALLEST:
+        out[:] = np.nan
         return False
     memory = _memory()
     sums, zero = np.empty((models, _CHUNK), np.float32), np.float32(0)
     wide, chosen = np.empty(_CHUNK, np.float64), np.empty(_CHUNK, np.uint8)
+    all_known = True
     for granule in range(out.shape[0]):
         sums[:] = zero
+        known = True
         end = min((granule + 1) * _GRANULE, size)
         for begin in range(granule * _GRANULE, end, _CHUNK):
             a, b = start + begin, start + min(begin + _CHUNK, end)
             kept = chosen[: b - a]
-            if not _choose(bits, a, np.float32(threshold), left, memory, kept):
-                return False
+            known &= _choose(bits, a, np.float32(threshold), left, memory, kept)
             base = bits[models, a:b]
             for r in range(models):
                 model, lane = bits[r, a:b], sums[r]
@@ -258,10 +260,9 @@ def squares(bits: Array, start: int, size: int, threshold: float, left: Array, o
                     update = update if kept[i] else zero
                     lane[i] += update * update
         for r in range(models):
-            out[granule, r] = direct.folded_narrow(sums[r], wide)
-            if not np.isfinite(out[granule, r]):
-                return False
-    return True
+            out[granule, r] = direct.folded_narrow(sums[r], wide) if known else np.nan
+            all_known &= np.isfinite(out[granule, r])
+    return all_known
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

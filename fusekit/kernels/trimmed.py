@@ -169,6 +169,18 @@ def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Arr
 
 
 @njit(nogil=True, cache=True)
+def _count_down(bits: Array, begin: int, stop: int, steps: Steps) -> None:
+    """Take a run's equal entries from what steps have left."""
+    base, left = bits[bits.shape[0] - 1, begin:stop], steps.left
+    for k in range(left.size):
+        kind, r = steps.kinds[k, 0], steps.kinds[k, 1]
+        if kind in (tiles.KEEP_FIRST, tiles.DROP_FIRST) and left[k] > 0:
+            key = np.uint32(as_bits(np.float32(steps.values[k])) & MAGNITUDE)
+            equal = direct.count_equal_entries(bits[r, begin:stop], base, key)
+            left[k] -= min(equal, left[k])
+
+
+@njit(nogil=True, cache=True)
 def _add_squares(model: Array, base: Array, least: np.uint32, most: np.uint32, lane: Array) -> None:
     """lane += the squared entries of a task vector whose magnitudes lie in a range."""
     width = np.uint32(most - least)
@@ -181,34 +193,35 @@ def _add_squares(model: Array, base: Array, least: np.uint32, most: np.uint32, l
 def squares(bits: Array, start: int, size: int, steps: Steps, out: Array) -> bool:
     """Squared norms of cut task vectors: (granules, models).
 
-    A lane sums 8 squares in float32 before float64 takes over. Returns False where a run is left to
-    the tiles, or where squares leave the range of float32: `out` is then not to be used.
+    A lane sums 8 squares in float32 before float64 takes over. Returns whether all are known: sums
+    are NaN where a run of the granule is left to the tiles or squares leave the range of float32.
     """
     models = bits.shape[0] - 1
     least, most = np.empty(models, np.uint32), np.empty(models, np.uint32)
     left = steps.left
     used = np.empty(left.size, np.int64)
     sums, wide = np.empty((models, CHUNK), np.float32), np.empty(CHUNK, np.float64)
+    all_known = True
     for granule in range(out.shape[0]):
         sums[:] = np.float32(0)
+        known = True
         end = min((granule + 1) * _GRANULE, size)
         for begin in range(granule * _GRANULE, end, CHUNK):
             a, b = start + begin, start + min(begin + CHUNK, end)
-            if not direct.all_finite(bits, a, b):  # what is cut would not show
-                return False
             if not _find_ranges(bits, a, b, steps, least, most, used):
-                return False
-            if least.min() < _SQUARABLE:
-                return False
+                _count_down(bits, a, b, steps)
+                known = False
+                continue
+            # What is cut would not show if it is not finite.
+            known &= least.min() >= _SQUARABLE and direct.all_finite(bits, a, b)
             for r in range(models):
                 _add_squares(bits[r, a:b], bits[models, a:b], least[r], most[r], sums[r])
             for k in range(left.size):
                 left[k] -= used[k]
         for r in range(models):
-            out[granule, r] = direct.folded_narrow(sums[r], wide)
-            if not np.isfinite(out[granule, r]):
-                return False
-    return True
+            out[granule, r] = direct.folded_narrow(sums[r], wide) if known else np.nan
+            all_known &= np.isfinite(out[granule, r])
+    return all_known
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -23,6 +23,7 @@ from fusekit.methods.base import (
     Summary,
     Tensor,
 )
+from fusekit.methods.summaries import fill_unknown
 from fusekit.methods.task_masks import TASK, empty_masks, masks, packed, scales
 from fusekit.methods.task_vectors import SquaredNorms
 
@@ -69,14 +70,20 @@ class Magnitudes(Additive):
 
     def measure(self, block: Block, out: Array) -> None:
         operands = _as_read(block, self.factors)
-        place = () if operands is None else (operands.bits, operands.start, block.size)
-        if not place or not kernels.needed.agreement(*place, out):
-            update, keep = _unified(block, self.factors)
-            n = len(keep)
-            kernels.norms.sums(block.rows, kernels.norms.MAGNITUDES, GRANULE, out[:, :n])
-            kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
+        if operands is None:
+            self._measure_decoded(block, out)
+        elif not kernels.needed.agreement(operands.bits, operands.start, block.size, out):
+            slowly = block.scratch("sums", out.shape, out.dtype)
+            self._measure_decoded(block, slowly)
+            fill_unknown(out, slowly)
         if self.by_tensor:
             out /= block.tensor.size
+
+    def _measure_decoded(self, block: Block, out: Array) -> None:
+        update, keep = _unified(block, self.factors)
+        n = len(keep)
+        kernels.norms.sums(block.rows, kernels.norms.MAGNITUDES, GRANULE, out[:, :n])
+        kernels.masks.kept_sums(update, keep, GRANULE, out[:, n:])
 
 
 @dataclass(frozen=True)

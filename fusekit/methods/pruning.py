@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from fusekit.methods.base import (
     Summary,
     Tensor,
 )
-from fusekit.methods.summaries import delta_sums
+from fusekit.methods.summaries import delta_sums, fill_unknown
 
 if TYPE_CHECKING:
     from fusekit.methods.base import Array
@@ -536,9 +537,13 @@ def selected(prunings: Prunings, start: int) -> tuple[Cut, Array] | None:
 def _add_up_in_registers(
     block: Block, request: OnPruned, what: int, unpruned: bool, out: Array
 ) -> bool:
-    """`add_up_pruned` where there is a kernel for bfloat16 models; False where there is none."""
+    """`add_up_pruned` where there is a kernel for bfloat16 models; whether all sums are known.
+
+    What is not known is not finite.
+    """
     import numpy as np
 
+    out[:] = np.nan
     packed = block.bfloat16
     if packed is None:
         return False
@@ -573,7 +578,6 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
 
     `what` is one of `kernels.norms`' sums.
     """
-
     grain = request.grain(block.tensor.shape)
     if not request.prunings:
         delta_sums(block, what, grain, out[:, -block.tensor.models :])
@@ -582,6 +586,15 @@ def add_up_pruned(block: Block, request: OnPruned, what: int, unpruned: bool, ou
         return
     if _add_up_in_registers(block, request, what, unpruned, out):
         return
+    slowly = block.scratch("sums", out.shape, out.dtype)
+    _add_up_decoded(block, request, what, unpruned, grain, slowly)
+    fill_unknown(out, slowly)
+
+
+def _add_up_decoded(
+    block: Block, request: OnPruned, what: int, unpruned: bool, grain: int, out: Array
+) -> None:
+    """`add_up_pruned` of operands of any type."""
     program, packed = request.program(block), block.packed
     if program is not None and packed is not None and grain == GRANULE:
         with program.on(block) as steps:
@@ -647,7 +660,7 @@ def exact_cuts(
         before = yield TiesBefore(order, tuple((row, value.value) for row, value in places))
     cuts: list[list[Cut]] = [[] for _ in order.wanted]
     for column, (row, value) in enumerate(places):
-        cut = Cut(value.value)
+        cut = Cut(value.value, None if value.rank else 0)
         if split[column]:
             ties = value.rank - value.greater
             cut = Cut(value.value, ties, None if before is None else before[:, column])
@@ -781,8 +794,11 @@ def match_l1(tensor: Tensor, first: Prunings, drops: Prunings) -> Generator[Summ
 
 
 def l1_scales(whole: Iterable[float], kept: Iterable[float]) -> Prunings:
-    """Factors whole / kept per model; none where either sum is practically zero."""
-    return scales([a / b if min(a, b) >= 1e-7 else 1.0 for a, b in zip(whole, kept, strict=True)])
+    """Factors whole / kept per model; none where either sum is practically zero or not finite."""
+    return scales(
+        a / b if min(a, b) >= 1e-7 and max(a, b) < math.inf else 1.0
+        for a, b in zip(whole, kept, strict=True)
+    )
 
 
 def scales(factors: Iterable[float]) -> Prunings:

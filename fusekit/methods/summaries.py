@@ -41,6 +41,10 @@ class Gram(Additive):
             kernels.direct.products_of_two(*place, self.deltas, out)
             if np.isfinite(out).all():
                 return
+            exact = block.scratch("sums", out.shape, out.dtype)
+            kernels.tiles.products(packed, block.size, self.deltas, self.models, exact)
+            fill_unknown(out, exact)
+            return
         kernels.tiles.products(packed, block.size, self.deltas, self.models, out)
 
     def result(self, total: Array) -> Matrix:
@@ -57,6 +61,17 @@ def delta_sums(block: Block, what: int, grain: int, out: Array) -> None:
         if np.isfinite(out).all():
             return
     kernels.norms.sums(block.rows, what, grain, out)
+
+
+def fill_unknown(sums: Array, others: Array) -> None:
+    """Take the grains that are not finite from sums taken in another way.
+
+    Whole blocks must not be taken: sums would then depend on where blocks begin.
+    """
+    import numpy as np
+
+    known = np.isfinite(sums).all(axis=1)
+    sums[~known] = others[~known]
 
 
 class DeltaGram(Gram):

@@ -112,6 +112,13 @@ def test_bits_of_bfloat16_are_drawn_from_as_their_differences() -> None:
         np.testing.assert_array_equal(packed[1], decoded[1])
 
 
+@pytest.mark.parametrize("length", [64, 100, 300])
+def test_sums_may_exceed_the_type_of_what_is_summed(length: int) -> None:
+    delta = np.full(length, 3e38, np.float32)
+    kept, totals = draw(delta, NO_BASE, 5, (length, 1), (0.3, 0.7))
+    np.testing.assert_allclose(totals, [length * 3e38, np.count_nonzero(kept) * 3e38], rtol=1e-6)
+
+
 def test_sums_of_given_survivors() -> None:
     rng = np.random.default_rng(2)
     delta, mask = rng.standard_normal(1000).astype(np.float32), rng.random(1000) < 0.4

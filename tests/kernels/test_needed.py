@@ -43,6 +43,19 @@ def test_what_is_not_finite_is_declined(bad: float) -> None:
     assert not needed.agreement(bits, 0, 3000, np.empty((1, 6)))
 
 
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 3e38])
+def test_sums_of_other_granules_are_known(bad: float, count: int) -> None:
+    size = 3 * 8192
+    _, bits = operands(count + 1, size, offset=0)
+    known, found = np.empty((3, 2 * count)), np.empty((3, 2 * count))
+    assert needed.agreement(bits, 0, size, known)
+    bits[0, 9000:17000:1024] = np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert not needed.agreement(bits, 0, size, found)
+    np.testing.assert_array_equal(np.isfinite(found).all(axis=1), [True, False, True])
+    np.testing.assert_array_equal(found[::2], known[::2])
+
+
 @pytest.mark.parametrize("cancel", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

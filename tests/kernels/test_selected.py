@@ -64,6 +64,24 @@ def test_squares_beyond_float32_are_declined(scale: float) -> None:
     assert not selected.squares(bits, 0, 3000, scale**2, left, out)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_squares_of_other_granules_are_known(count: int, bad: float) -> None:
+    size = 3 * 8192
+    values, bits = with_equal_variances(count, size)
+    values[0, 9000], bits[0, 9003] = bad, np.float32(bad).astype(ml_dtypes.bfloat16).view(np.uint16)
+    threshold = threshold_of(values[:, 10_000:])
+    left, expected_left = np.array([7000]), np.array([7000])
+    with np.errstate(invalid="ignore", over="ignore"):
+        rows = kept_rows(values, threshold, expected_left)
+    found, expected = np.empty((3, count)), np.empty((3, count))
+    assert not selected.squares(bits, 3, size, threshold, left, found)
+    norms.sums(rows, norms.SQUARES, 8192, expected)
+    assert not np.isfinite(found[1]).all()
+    np.testing.assert_allclose(found[::2], expected[::2], rtol=1e-6)
+    assert left[0] == expected_left[0]
+
+
 @pytest.mark.parametrize("ties", [-1, 0, 7, 10**9])
 @pytest.mark.parametrize("divide", [False, True])
 @pytest.mark.parametrize("size", SIZES)

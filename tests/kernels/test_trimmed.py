@@ -85,6 +85,28 @@ def test_squares_of_what_is_cut(count: int, size: int, ties: int) -> None:
     np.testing.assert_array_equal(steps.left, remaining)
 
 
+@pytest.mark.parametrize("bad", [0.0, np.nan, 1e30])
+@pytest.mark.parametrize("ties", [3, 2000, 3000])
+def test_squares_of_other_granules_are_known(bad: float, ties: int) -> None:
+    size = 3 * 8192
+    values, bits = operands(4, size, seed=5)
+    values[:3] = np.round(values[:3] * 4) / 4  # many equal entries: somewhere ties are split
+    values[3], values[0, 9000] = 0.0, bad
+    bits[:, 3:] = rounded(values)
+    cuts = [(tiles.KEEP_FIRST, 0, 0.25), (tiles.DROP_FIRST, 0, 1.0), (tiles.KEEP_FIRST, 1, 0.5)]
+    cuts.append((tiles.KEEP_ABOVE, 2, 0.25))
+    steps = program(cuts, [ties, 2 * ties, ties, 0])
+    remaining = steps.left.copy()
+    rows = cut_rows(values[:3], cuts, remaining)
+    found, expected = np.empty((3, 3)), np.empty((3, 3))
+    assert not trimmed.squares(bits, 3, size, steps, found)
+    norms.sums(rows, norms.SQUARES, 8192, expected)
+    known = np.isfinite(found).all(axis=1)
+    assert known.any()
+    np.testing.assert_allclose(found[known], expected[known], rtol=1e-6)
+    np.testing.assert_array_equal(steps.left, remaining)
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e20])
 def test_squares_beyond_float32_are_declined(scale: float) -> None:
     values, _ = operands(4, 3000, offset=0)

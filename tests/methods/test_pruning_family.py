@@ -211,6 +211,61 @@ def test_blocks_threads_and_residency_change_nothing(
     assert_same_bytes(second, first)
 
 
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sce", {"select_topk": 0.9}),
+        ("ties", {"density": 0.9, "rescale": "l1"}),
+        ("ties", {"density": 0.9, "election": "normmass"}),
+        ("dare_ties", {"density": 0.5}),
+        ("dare_linear", {"density": 0.5}),
+        ("della", {"density": 0.5}),
+        ("emr", {}),
+        ("slerp", {"t": 0.5}),
+    ],
+)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e20])
+def test_values_without_a_square_do_not_make_blocks_matter(
+    method: str, parameters: dict[str, Any], bad: float
+) -> None:
+    size, kind = 5 * 8192 + 100, ml_dtypes.bfloat16
+    rng = np.random.default_rng(0)
+    updates = 10.0 ** rng.uniform(-20, 0, (4, size)) * rng.choice([-1, 1], (4, size))
+    updates[2, ::3], updates[3] = -updates[0, ::3], 0.0
+    updates[1, 20_000] = bad
+    *models, base = ({"w": row.astype(kind)} for row in updates)
+    count, origin = (2, None) if method == "slerp" else (3, base)
+    engines = (
+        {"threads": 1, "block_elements": 1 << 20, "allow_nonfinite": True},
+        {"threads": 2, "block_elements": 8192, "resident_bytes": 0, "allow_nonfinite": True},
+    )
+    for dtype in ("float32", "bfloat16"):
+        settings = {"parameters": parameters, "out_dtype": dtype}
+        first, second = (
+            execute(models[:count], method, origin, engine, **settings)[0] for engine in engines
+        )
+        assert_same_bytes(second, first)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "della_linear"])
+def test_an_infinite_entry_scales_nothing_else(method: str) -> None:
+    base, (model,) = random_models({"w": (50, 40)}, 1)
+    model["w"][3, 7] = np.inf
+    options = {"method": method, "base": base, "parameters": {"density": 0.5}}
+    with pytest.warns(UserWarning, match="infinite"):
+        merged = merge_state_dicts([model], **options, allow_nonfinite=True)["w"]
+    assert np.count_nonzero(~np.isfinite(merged)) <= 1
+
+
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+def test_sce_keeps_nothing_where_the_share_is_less_than_one_position(kind: Any) -> None:
+    updates = (np.random.default_rng(0).standard_normal((3, 2000)) * 1e30).astype(kind)
+    base = {"w": np.ones(2000, kind)}  # variances of such updates are infinite
+    models = [{"w": update} for update in updates]
+    merged = merge_state_dicts(models, method="sce", base=base, parameters={"select_topk": 1e-4})
+    assert_same_bytes(merged, base)
+
+
 def test_arcee_fusion_does_not_depend_on_blocks() -> None:
     base, models = random_models(SHAPES, 1)
     engines = ({"threads": 1}, {"threads": 3, "block_elements": 8192, "resident_bytes": 0})
