@@ -228,6 +228,11 @@ class BlockReader:
         """NaN and infinite entries by operand."""
         return dict(zip(self._indices, self._counts.tolist(), strict=True))
 
+    @property
+    def block_is_finite(self) -> bool:
+        """Whether neither NaN nor infinite entries were decoded for the current block."""
+        return not self._special.any()
+
     def blocks(self, request: Request, start: int, stop: int) -> Iterator[Block]:
         """The blocks of `[start, stop)`, cut at multiples of the request's unit."""
         elements = self.space.block_elements

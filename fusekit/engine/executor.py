@@ -30,7 +30,7 @@ from fusekit.engine.passes import Accumulator, Span, accumulator, is_divisible
 from fusekit.engine.plan import Plan, PlannedTensor
 from fusekit.engine.rules import differing
 from fusekit.errors import CheckpointError, FusekitError
-from fusekit.kernels import GRANULE
+from fusekit.kernels import GRANULE, codecs
 from fusekit.kernels.packed import KINDS
 from fusekit.methods.base import Block, Combine, Copy, Remark, Summary
 
@@ -420,7 +420,7 @@ class Executor:
         overflows = 0
         digest = job.digests.from_chunk(start)
         for block in reader.blocks(combine, start, stop):
-            encoded, beyond = self._merged(combine, block, planned, space)
+            encoded, beyond = self._merged(combine, block, reader)
             overflows += beyond
             digest.update(encoded, planned.dtype.itemsize)
             self._sink.write(planned.name, block.start * planned.dtype.itemsize, encoded.data)
@@ -430,17 +430,19 @@ class Executor:
         self._count_nonfinite(job, reader, None)
         self._written(job, (stop - start) * planned.dtype.itemsize, overflows)
 
-    def _merged(
-        self, combine: Combine, block: Block, planned: PlannedTensor, space: Workspace
-    ) -> tuple[Array, int]:
+    def _merged(self, combine: Combine, block: Block, reader: BlockReader) -> tuple[Array, int]:
         """A block's merged bytes, and how many values left the finite range of their type."""
+        planned, space = reader.planned, reader.space
         if block.packed is not None and block.packed.kind == KINDS.get(planned.dtype.name):
             bits = space.scratch("encoded", (block.size,), np.uint16)
             if combine.encode(block, bits):
                 return bits.view(np.uint8), 0
         out = space.scratch("out", (block.size,), np.dtype(planned.compute))
         combine.apply(block, out)
-        return space.encode(out, planned.dtype)
+        # Of finite operands, some results may be beyond the type that is computed in.
+        infinite = int(codecs.count_nonfinite(out)) if reader.block_is_finite else 0
+        encoded, beyond = space.encode(out, planned.dtype)
+        return encoded, infinite + beyond
 
     def _copy(self, job: _Job, start: int, stop: int, space: Workspace) -> None:
         """Bytes as they are; operands of an integer tensor must all agree."""

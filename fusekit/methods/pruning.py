@@ -158,7 +158,9 @@ class Program:
             run = out[done : done + kernels.trimmed.CHUNK]
             row = block.scratch("run", (run.size,), "float32")
             merge_tile(packed.behind(done), block.start + done, steps, row)
-            if packed.special.any() or codecs.encode_bf16(row, run):
+            if packed.special.any() or codecs.count_nonfinite(row):
+                return False
+            if codecs.encode_bf16(row, run):
                 return False
             done += run.size
 

@@ -267,6 +267,31 @@ def test_overflows_are_counted_per_tensor(
     assert merged["w"].astype(np.float32)[0] == np.float32(becomes)
 
 
+@pytest.mark.parametrize("kind", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("out", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_sums_beyond_the_type_that_is_computed_in_are_counted(
+    method: str, out: str, kind: Any
+) -> None:
+    model, base = {"w": np.ones(9000, kind)}, {"w": np.zeros(9000, kind)}
+    model["w"][[0, 8999]] = 2e38
+    settings = {"out_dtype": out, "parameters": {"density": 1.0, "normalize": False}}
+    if method == "task_arithmetic":
+        del settings["parameters"]
+    merged, execution, _ = execute([model, model, model], method, base, **settings)
+    assert execution.overflows == {"w": 2}
+    assert np.count_nonzero(np.isinf(merged["w"].astype(np.float32))) == 2
+    assert not execution.nonfinite
+
+
+def test_infinite_values_that_are_let_through_do_not_count_as_overflows() -> None:
+    model = {"w": np.array([np.inf, 1.0, np.nan], np.float32)}
+    engine = {"allow_nonfinite": True}
+    _, execution, _ = execute([model, model], "linear", engine=engine, **EQUAL)
+    assert not execution.overflows
+    assert [found.count for found in execution.nonfinite] == [2, 2]
+
+
 @pytest.mark.parametrize(("out", "count"), [("float32", 2), ("bfloat16", 2), ("float64", 0)])
 def test_overflows_of_float64_values(out: str, count: int) -> None:
     model = {"w": np.array([1e300, -1e39, 1.0])}
