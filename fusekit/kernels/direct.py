@@ -173,14 +173,33 @@ def folded_narrow(lane: Array, wide: Array) -> float:
 
 
 @njit(nogil=True, cache=True)
-def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array) -> None:
-    """Inner products of two models, or of their task vectors, per granule: (granules, 3).
+def _own_and_mixed(
+    left: Array, right: Array, base: Array, deltas: bool, own: Array, mixed: Array
+) -> None:
+    """own += left left, mixed += left right, entry by entry."""
+    if deltas:
+        for i in range(left.size):
+            origin = from_bf16(base[i])
+            p, q = from_bf16(left[i]) - origin, from_bf16(right[i]) - origin
+            own[i] += p * p
+            mixed[i] += p * q
+    else:
+        for i in range(left.size):
+            p, q = from_bf16(left[i]), from_bf16(right[i])
+            own[i] += p * p
+            mixed[i] += p * q
 
-    Products of bfloat16 are exact in float32; eight at most are summed before float64 takes over,
-    in 512 lanes.
+
+@njit(nogil=True, cache=True)
+def products(bits: Array, start: int, size: int, deltas: bool, out: Array) -> None:
+    """Inner products of two or three models, or of their task vectors, per granule.
+
+    `out` is (granules, pairs), the pairs as in `gram.gram`. Products of bfloat16 are exact in
+    float32; eight at most are summed before float64 takes over, in 512 lanes.
     """
-    chains = np.empty((3, _LANES), np.float32)
-    lanes = np.empty((3, _LANES), np.float64)
+    pairs, last = out.shape[1], bits.shape[0] - 1
+    chains = np.empty((pairs, _LANES), np.float32)
+    lanes = np.empty((pairs, _LANES), np.float64)
     for granule in range(out.shape[0]):
         begin, end = granule * _GRANULE, min((granule + 1) * _GRANULE, size)
         lanes[:] = 0.0
@@ -188,16 +207,22 @@ def products_of_two(bits: Array, start: int, size: int, deltas: bool, out: Array
         links = 0
         for at in range(begin, end, _LANES):
             a, b = start + at, start + min(at + _LANES, end)
-            _pair(bits[0, a:b], bits[1, a:b], bits[bits.shape[0] - 1, a:b], deltas, chains)
+            base = bits[last, a:b]
+            if pairs == 3:
+                _pair(bits[0, a:b], bits[1, a:b], base, deltas, chains)
+            else:
+                for left, right, own, mixed in ((0, 1, 0, 1), (1, 2, 3, 4), (2, 0, 5, 2)):
+                    first, second = bits[left, a:b], bits[right, a:b]
+                    _own_and_mixed(first, second, base, deltas, chains[own], chains[mixed])
             links += 1
             if links == _CHAIN or b - start == end:
-                for j in range(3):
+                for j in range(pairs):
                     chain, lane = chains[j], lanes[j]
                     for i in range(_LANES):
                         lane[i] += np.float64(chain[i])
                         chain[i] = np.float32(0)
                 links = 0
-        for j in range(3):
+        for j in range(pairs):
             out[granule, j] = folded(lanes[j])
 
 

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 Matrix = list[list[float]]
 
+_IN_REGISTERS = (2, 3)
+"""Numbers of models whose inner products need no decoded rows."""
+
 
 @dataclass(frozen=True)
 class Gram(Additive):
@@ -24,7 +27,7 @@ class Gram(Additive):
 
     @property
     def in_registers(self) -> bool:  # type: ignore[override]
-        return self.models == 2
+        return self.models in _IN_REGISTERS
 
     def width(self, tensor: Tensor) -> int:
         return self.models * (self.models + 1) // 2
@@ -36,9 +39,9 @@ class Gram(Additive):
         if packed is None:
             kernels.gram.gram(block.rows, out)
             return
-        if self.models == 2 and block.bfloat16 is not None:
+        if self.models in _IN_REGISTERS and block.bfloat16 is not None:
             place = packed.bits, packed.start, block.size
-            kernels.direct.products_of_two(*place, self.deltas, out)
+            kernels.direct.products(*place, self.deltas, out)
             if np.isfinite(out).all():
                 return
             exact = block.scratch("sums", out.shape, out.dtype)

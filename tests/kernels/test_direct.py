@@ -66,11 +66,13 @@ def test_a_sum_beyond_the_finite_range_is_declined(count: int, bad: float) -> No
 
 @pytest.mark.parametrize("deltas", [False, True])
 @pytest.mark.parametrize("size", SIZES)
-def test_inner_products_of_two(size: int, deltas: bool) -> None:
-    values, bits = operands(3, size, seed=5)
-    rows = values[:2] - values[2] if deltas else values[:2]
-    out, expected = np.empty((-(-size // 8192), 3)), np.empty((-(-size // 8192), 3))
-    direct.products_of_two(bits if deltas else bits[:2], 3, size, deltas, out)
+@pytest.mark.parametrize("count", [2, 3])
+def test_inner_products_of_few_models(count: int, size: int, deltas: bool) -> None:
+    values, bits = operands(count + 1, size, seed=5)
+    rows = values[:count] - values[count] if deltas else values[:count]
+    shape = -(-size // 8192), count * (count + 1) // 2
+    out, expected = np.empty(shape), np.empty(shape)
+    direct.products(bits if deltas else bits[:count], 3, size, deltas, out)
     gram.gram(np.ascontiguousarray(rows), expected)
     np.testing.assert_allclose(out, expected, rtol=1e-6, atol=1e-6 * size**0.5)
 
