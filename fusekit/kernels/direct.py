@@ -354,8 +354,11 @@ def weighted_step(
 
 
 @njit(nogil=True, cache=True)
-def _sum_kept_of_three(bits: Array, start: int, kept: Array, weights: Array, out: Array) -> bool:
-    """A run of `drop_weighted_sum` in registers; whether all results are finite."""
+def sum_kept_of_three(bits: Array, start: int, kept: Array, weights: Array, out: Array) -> bool:
+    """Encode base + the weighted sum of the updates whose flag in `kept` is not 0, of one run.
+
+    Returns whether all results are finite.
+    """
     stop = start + out.size
     first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
     base, one, two, three = bits[3, start:stop], kept[0], kept[1], kept[2]
@@ -398,7 +401,7 @@ def drop_weighted_sum(
         for r in range(models):
             random.survivors(position + at, keys[r], densities[r], kept[r])
         if models == 3:
-            if not _sum_kept_of_three(bits, a, kept, weights, part):
+            if not sum_kept_of_three(bits, a, kept, weights, part):
                 return False
             continue
         base, total = bits[models, a:b], totals[: part.size]

@@ -275,6 +275,25 @@ def add_sizes(
         _add_sizes(sizes, kept, totals)
 
 
+@njit(nogil=True, cache=True)
+def sum_of_three(
+    bits: Array, start: int, position: int, packed: Array, weights: Array, out: Array
+) -> bool:
+    """Encode base + the weighted sum of the survivors; arguments and result as of
+    `elect_of_three`, but for the (3,) float64 weights."""
+    kept = np.empty((3, direct.CHUNK), np.uint8)
+    for begin in range(0, out.size, direct.CHUNK):
+        part = out[begin : begin + direct.CHUNK]
+        at = start + begin
+        if not direct.all_finite(bits, at, at + part.size):  # the dropped would not show
+            return False
+        for model in range(3):
+            ranks.unpack(packed[model, (position + begin) >> 3 :], kept[model])
+        if not direct.sum_kept_of_three(bits, at, kept, weights, part):
+            return False
+    return True
+
+
 @njit(nogil=True, cache=True, error_model="numpy")
 def elect_of_three(
     bits: Array,

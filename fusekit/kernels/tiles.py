@@ -55,7 +55,7 @@ def _load(packed: Packed, begin: int, deltas: bool, rows: Array, base: Array) ->
 
 
 @njit(nogil=True, cache=True)
-def _prune(rows: Array, position: int, steps: Steps) -> None:
+def prune(rows: Array, position: int, steps: Steps) -> None:
     """Carry out steps on rows whose first element is the tensor's `position`.
 
     SCALE multiplies by the value; DROP keeps with that probability under a key; KEEP_ABOVE and
@@ -101,7 +101,7 @@ def _load_pruned(
 ) -> None:
     """A tile's task vectors after some steps."""
     _load(packed, begin, True, rows, base)
-    _prune(rows, position + begin, steps)
+    prune(rows, position + begin, steps)
 
 
 @njit(nogil=True, cache=True)
@@ -180,7 +180,7 @@ def sums(
         if unpruned:
             norms.sums(rows, what, _GRANULE, own[:, :n])
             own = own[:, n:]
-        _prune(rows, position + begin, steps)
+        prune(rows, position + begin, steps)
         norms.sums(rows, what, _GRANULE, own)
 
 

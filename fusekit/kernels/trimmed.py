@@ -169,18 +169,6 @@ def weighted_sum(bits: Array, start: int, steps: Steps, weights: Array, out: Arr
 
 
 @njit(nogil=True, cache=True)
-def _count_down(bits: Array, begin: int, stop: int, steps: Steps) -> None:
-    """Take a run's equal entries from what steps have left."""
-    base, left = bits[bits.shape[0] - 1, begin:stop], steps.left
-    for k in range(left.size):
-        kind, r = steps.kinds[k, 0], steps.kinds[k, 1]
-        if kind in (tiles.KEEP_FIRST, tiles.DROP_FIRST) and left[k] > 0:
-            key = np.uint32(as_bits(np.float32(steps.values[k])) & MAGNITUDE)
-            equal = direct.count_equal_entries(bits[r, begin:stop], base, key)
-            left[k] -= min(equal, left[k])
-
-
-@njit(nogil=True, cache=True)
 def _add_squares(model: Array, base: Array, least: np.uint32, most: np.uint32, lane: Array) -> None:
     """lane += the squared entries of a task vector whose magnitudes lie in a range."""
     width = np.uint32(most - least)
@@ -190,17 +178,37 @@ def _add_squares(model: Array, base: Array, least: np.uint32, most: np.uint32, l
 
 
 @njit(nogil=True, cache=True)
+def _add_split_squares(
+    bits: Array, begin: int, stop: int, steps: Steps, memory: Array, sums: Array
+) -> bool:
+    """Add a run's squares where steps take some of its equal entries; whether float32 can."""
+    models, size = sums.shape[0], stop - begin
+    rows = memory[: models * size].reshape((models, size))
+    direct.task_vectors(bits, begin, size, rows)
+    tiles.prune(rows, 0, steps)
+    smallest = MAGNITUDE
+    for r in range(models):
+        row, lane = rows[r], sums[r]
+        for i in range(size):
+            key = np.uint32(as_bits(row[i]) & MAGNITUDE)
+            smallest = min(smallest, key if key else MAGNITUDE)
+            lane[i] += row[i] * row[i]
+    return bool(smallest >= _SQUARABLE)
+
+
+@njit(nogil=True, cache=True)
 def squares(bits: Array, start: int, size: int, steps: Steps, out: Array) -> bool:
     """Squared norms of cut task vectors: (granules, models).
 
     A lane sums 8 squares in float32 before float64 takes over. Returns whether all are known: sums
-    are NaN where a run of the granule is left to the tiles or squares leave the range of float32.
+    are NaN where an entry is not finite or squares leave the range of float32.
     """
     models = bits.shape[0] - 1
     least, most = np.empty(models, np.uint32), np.empty(models, np.uint32)
     left = steps.left
     used = np.empty(left.size, np.int64)
     sums, wide = np.empty((models, CHUNK), np.float32), np.empty(CHUNK, np.float64)
+    memory = np.empty(models * CHUNK, np.float32)
     all_known = True
     for granule in range(out.shape[0]):
         sums[:] = np.float32(0)
@@ -208,12 +216,11 @@ def squares(bits: Array, start: int, size: int, steps: Steps, out: Array) -> boo
         end = min((granule + 1) * _GRANULE, size)
         for begin in range(granule * _GRANULE, end, CHUNK):
             a, b = start + begin, start + min(begin + CHUNK, end)
+            known &= direct.all_finite(bits, a, b)  # what is cut would not show
             if not _find_ranges(bits, a, b, steps, least, most, used):
-                _count_down(bits, a, b, steps)
-                known = False
+                known &= _add_split_squares(bits, a, b, steps, memory, sums)
                 continue
-            # What is cut would not show if it is not finite.
-            known &= least.min() >= _SQUARABLE and direct.all_finite(bits, a, b)
+            known &= least.min() >= _SQUARABLE
             for r in range(models):
                 _add_squares(bits[r, a:b], bits[models, a:b], least[r], most[r], sums[r])
             for k in range(left.size):

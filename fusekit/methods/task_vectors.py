@@ -73,6 +73,10 @@ class PrunedSum(OnPruned, Combine):
             place = packed.bits, packed.start, block.start, drops.keys, drops.densities
             return bool(kernels.direct.drop_weighted_sum(*place, weights, out))
         program = self.program(block)
+        factors = program.kept_factors() if program is not None else None
+        if program is not None and factors is not None and (factors == 1.0).all():
+            kept = packed.bits, packed.start, block.start, program.flags
+            return len(factors) == 3 and bool(kernels.lottery.sum_of_three(*kept, weights, out))
         if program is None or not program.only_cuts:
             return False
 

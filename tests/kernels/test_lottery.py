@@ -147,7 +147,16 @@ def test_survivors_are_elected_from_as_by_definition(
     rule = ballot.election(ballots, weights, divide, 0.7)
     given = values.view(np.uint16), 5, position, packed, factors, rule, out
     assert lottery.elect_of_three(*given)
+    summed = np.empty(size, np.uint16)
+    assert lottery.sum_of_three(values.view(np.uint16), 5, position, packed, weights, summed)
     base = values[3, 5:].astype(np.float64)
+    kept_updates = (values[:3, 5:].astype(np.float64) - base).astype(np.float32)
+    kept_updates = np.where(flags[:, position:], kept_updates, np.float32(0))
+    steps = (weights[0] * kept_updates[0] + weights[1] * kept_updates[1]) + weights[
+        2
+    ] * kept_updates[2]
+    rounded = (steps + base).astype(np.float32).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(summed, rounded.view(np.uint16))
     updates = (values[:3, 5:].astype(np.float64) - base) * factors[:, None] * flags[:, position:]
     sign = np.where(ballots @ updates < 0, -1.0, 1.0)
     agree = weights[:, None] * updates * sign > 0
@@ -171,6 +180,7 @@ def test_values_that_are_not_finite_are_declined_even_if_they_are_dropped(
     rule, out = ballot.election(ones, ones, True, 1.0), np.empty(2000, np.uint16)
     given, factors = (values.view(np.uint16), 0, 0), ones.astype(np.float32)
     assert not lottery.elect_of_three(*given, packed, factors, rule, out)
+    assert not lottery.sum_of_three(*given, packed, ones, out)
     keys, never = np.zeros(3, np.uint64), np.zeros(3)
     assert not lottery.drop_and_elect(*given, keys, never, factors, rule, out)
 

@@ -91,7 +91,7 @@ def test_squares_of_other_granules_are_known(bad: float, ties: int) -> None:
     size = 3 * 8192
     values, bits = operands(4, size, seed=5)
     values[:3] = np.round(values[:3] * 4) / 4  # many equal entries: somewhere ties are split
-    values[3], values[0, 9000] = 0.0, bad
+    values[3], values[2, 9000] = 0.0, bad
     bits[:, 3:] = rounded(values)
     cuts = [(tiles.KEEP_FIRST, 0, 0.25), (tiles.DROP_FIRST, 0, 1.0), (tiles.KEEP_FIRST, 1, 0.5)]
     cuts.append((tiles.KEEP_ABOVE, 2, 0.25))
@@ -99,10 +99,10 @@ def test_squares_of_other_granules_are_known(bad: float, ties: int) -> None:
     remaining = steps.left.copy()
     rows = cut_rows(values[:3], cuts, remaining)
     found, expected = np.empty((3, 3)), np.empty((3, 3))
-    assert not trimmed.squares(bits, 3, size, steps, found)
+    assert trimmed.squares(bits, 3, size, steps, found) == (bad == 0.0)
     norms.sums(rows, norms.SQUARES, 8192, expected)
     known = np.isfinite(found).all(axis=1)
-    assert known.any()
+    assert known.tolist() == [True, bad == 0.0, True]
     np.testing.assert_allclose(found[known], expected[known], rtol=1e-6)
     np.testing.assert_array_equal(steps.left, remaining)
 
@@ -153,8 +153,10 @@ def test_runs_stop_where_ties_are_split(kind: int) -> None:
     steps = program(cuts, [1500, 5000, 5000])
     assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == 1024
     np.testing.assert_array_equal(steps.left, [476, 3976, 3976])
-    steps = program(cuts, [1500, 5000, 5000])
-    assert not trimmed.squares(bits, 0, size, steps, np.empty((1, 3)))
+    squared = np.empty((1, 3))
+    keeps = kind == tiles.KEEP_FIRST  # others may leave entries of any size
+    assert trimmed.squares(bits, 0, size, program(cuts, [1500, 5000, 5000]), squared) == keeps
+    np.testing.assert_array_equal(squared[0], [1500, size, size] if keeps else [np.nan] * 3)
     steps = program(cuts, [1024, 5000, 0])
     assert trimmed.weighted_sum(bits, 0, steps, np.ones(3), out) == size
     found = out.view(ml_dtypes.bfloat16).astype(np.float32)
