@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fusekit.kernels import ballot, elect
@@ -78,6 +78,7 @@ def test_equal_votes_of_three_models_are_added_without_rounding(
 ) -> None:
     x, y = (np.float32(np.ldexp(*part)) for part in parts)
     z = np.float32(-(x + y)) + np.float32(np.ldexp(*rest))  # close to cancelling
+    assume(np.isfinite(z))  # x + y may round to infinity
     updates = np.array([x, y, z], np.float32)[order]
     exact = sum(map(Fraction, updates.tolist()))
     total = np.empty(1)
