@@ -276,6 +276,19 @@ def add_sizes(
 
 
 @njit(nogil=True, cache=True)
+def _survivors(
+    bits: Array, start: int, size: int, packed: Array, position: int, kept: Array
+) -> bool:
+    """kept = the flags of a run, a row per model; whether the run's entries are all finite.
+
+    What is dropped would not show in a result.
+    """
+    for model in range(kept.shape[0]):
+        ranks.unpack(packed[model, position >> 3 :], kept[model])
+    return bool(direct.all_finite(bits, start, start + size))
+
+
+@njit(nogil=True, cache=True)
 def sum_of_three(
     bits: Array, start: int, position: int, packed: Array, weights: Array, out: Array
 ) -> bool:
@@ -285,10 +298,8 @@ def sum_of_three(
     for begin in range(0, out.size, direct.CHUNK):
         part = out[begin : begin + direct.CHUNK]
         at = start + begin
-        if not direct.all_finite(bits, at, at + part.size):  # the dropped would not show
+        if not _survivors(bits, at, part.size, packed, position + begin, kept):
             return False
-        for model in range(3):
-            ranks.unpack(packed[model, (position + begin) >> 3 :], kept[model])
         if not direct.sum_kept_of_three(bits, at, kept, weights, part):
             return False
     return True
@@ -320,10 +331,8 @@ def elect_of_three(
     for begin in range(0, out.size, direct.CHUNK):
         part = out[begin : begin + direct.CHUNK]
         at = start + begin
-        if not direct.all_finite(bits, at, at + part.size):  # the dropped would not show
+        if not _survivors(bits, at, part.size, packed, position + begin, kept):
             return False
-        for model in range(3):
-            ranks.unpack(packed[model, (position + begin) >> 3 :], kept[model])
         if merge_kept(bits, at, kept, factors, rule, part) >= direct.OVERFLOW:
             return False
     return True

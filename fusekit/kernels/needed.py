@@ -8,7 +8,7 @@ import numpy as np
 from numba import njit
 
 from fusekit.kernels import direct
-from fusekit.kernels.ballot import summed_sign
+from fusekit.kernels.elect import vote_of_three
 from fusekit.kernels.floats import MAGNITUDE, as_bits, from_bf16, to_bf16
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -197,13 +197,13 @@ def _unify_three(
     """`_unify` in registers; `signed` gives `best` its sign."""
     stop, end = start + best.size, column + best.size
     first, second, third = bits[0, start:stop], bits[1, start:stop], bits[2, start:stop]
-    base, zero = bits[3, start:stop], np.float32(0)
+    base, unit, zero = bits[3, start:stop], np.float32(1), np.float32(0)
     one, two, three = keep[0, column:end], keep[1, column:end], keep[2, column:end]
     for i in range(best.size):
         origin = from_bf16(base[i])
         x, y = from_bf16(first[i]) - origin, from_bf16(second[i]) - origin
         z = from_bf16(third[i]) - origin
-        sign = -summed_sign(-x, -y, -z)  # that of 0 is -1
+        sign = unit if vote_of_three(x, y, z) > zero else -unit
         p, q, r = x * sign, y * sign, z * sign
         one[i], two[i], three[i] = p > zero, q > zero, r > zero
         largest = p if p > zero else zero

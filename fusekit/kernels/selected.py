@@ -126,12 +126,10 @@ def _compare(low: np.uint32, high: np.uint32, models: int, memory: _Memory) -> t
 
 @njit(nogil=True, cache=True)
 def _vary(bits: Array, start: int, memory: _Memory, out: Array) -> bool:
-    """out = the variances of a run, if all its entries are finite."""
-    if not direct.all_finite(bits, start, start + out.size):
-        return False
+    """out = the variances of a run; whether all its entries are finite."""
     total, square = memory.wide[0, : out.size], memory.wide[1, : out.size]
     direct.variance_of_run(bits, start, total, square, out)
-    return True
+    return bool(direct.all_finite(bits, start, start + out.size))
 
 
 @njit(nogil=True, cache=True)
@@ -196,7 +194,7 @@ def _choose(
     `left` has how many more variances equal to the threshold are kept (negative: all). Positions
     with an entry that is not finite have no variance and are not kept.
     """
-    values, stop = memory.values[: kept.size], start + kept.size
+    values = memory.values[: kept.size]
     if kept.size == _CHUNK and _estimate(bits, start, memory):
         key = as_bits(threshold)
         _, unsure = _compare(key, key, bits.shape[0] - 1, memory)
@@ -209,8 +207,7 @@ def _choose(
                 memory.sure[i // lanes.LANES] |= np.uint64(chosen) << np.uint64(i % lanes.LANES)
             ranks.unpack(memory.sure.view(np.uint8), kept)
             return True
-    total, square = memory.wide[0, : values.size], memory.wide[1, : values.size]
-    direct.variance_of_run(bits, start, total, square, values)
+    finite = _vary(bits, start, memory, values)
     if left[0] < 0:
         order.keep_at_least(values, threshold)
     else:
@@ -218,7 +215,7 @@ def _choose(
     zero = np.float32(0)
     for i in range(kept.size):
         kept[i] = np.uint8(values[i] != zero)
-    return bool(direct.all_finite(bits, start, stop))
+    return finite
 
 
 @njit(nogil=True, cache=True)
